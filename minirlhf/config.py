@@ -1,0 +1,443 @@
+"""Every setting of the three scripts, with default, unit and range; read from TOML/JSON and `--section.key value`.
+
+One frozen dataclass per script, made of sections. `key()` gives a field its help line and its range, so that what is
+printed by `--help`, what is refused and what is documented cannot differ. Nothing is ever written back into a config.
+"""
+
+import difflib
+import json
+import math
+import tomllib
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from minirlhf.errors import UsageError
+
+Config = TypeVar("Config")
+Choices = tuple[str, ...]
+
+
+def key(default: Any, text: str, *, low: float | None = None, high: float | None = None, choices: Choices = ()) -> Any:
+    """A setting: default, help line with its unit, inclusive range or the allowed words."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+
+
+# ---- sections -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Where and how a script runs."""
+
+    dir: str = key("", "run folder; empty: the script's default, where a finished run is set aside")
+    seed: int = key(0, "every random number derives from it", low=0)
+    steps: int = key(600, "optimizer steps (SFT, RM) or iterations (PPO)", low=1)
+    device: str = key("cpu", "cpu, cuda or cuda:N")
+    dtype: str = key("fp32", "type of matrix products; weights, norms, losses stay fp32", choices=("fp32", "bf16"))
+    engine: str = key("none", "sharding over ranks", choices=("none", "mini", "torch"))
+    impl: str = key("auto", "body of the fused head", choices=("auto", "torch", "triton"))
+    threads: int = key(0, "CPU threads; 0: torch's default. Equal numbers need equal threads", low=0)
+    resume: bool = key(False, "go on from the newest checkpoint that verifies")
+    save_every: int = key(0, "steps between checkpoints; 0: only at the end and on a signal", low=0)
+    keep: int = key(2, "checkpoints kept", low=1)
+    log_every: int = key(10, "steps between lines of metrics.jsonl", low=1)
+    debug: bool = key(False, "show the traceback of a user's mistake")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The model a script starts from; the keys after `path` describe a new one."""
+
+    path: str = key("", "a Hugging Face folder or an adapter folder; empty: a new model")
+    family: str = key(
+        "gpt2",
+        "architecture of a new model",
+        choices=("gpt2", "bloom", "opt", "llama", "mistral", "qwen2", "qwen3", "gpt_neox"),
+    )
+    n_layer: int = key(2, "blocks", low=1)
+    n_head: int = key(4, "attention heads", low=1)
+    d_model: int = key(64, "width C", low=1)
+    max_seq_len: int = key(64, "positions T", low=2)
+    dropout: float = key(0.0, "dropout in SFT and RM; always off in PPO", low=0.0, high=0.99)
+    tokenizer: str = key("", "for a new model on own data: chars, bpe, or the path of a tokenizer.json; empty: chars")
+    vocab_size: int = key(4096, "tokens of a BPE tokenizer trained on the data", low=260)
+
+
+@dataclass(frozen=True)
+class LoRASection:
+    """Low-rank adapters instead of full training."""
+
+    r: int = key(0, "rank; 0: train every weight", low=0)
+    alpha: float = key(16.0, "the update is scaled by alpha / r", low=0.0)
+    dropout: float = key(0.0, "dropout before A", low=0.0, high=0.99)
+    targets: tuple[str, ...] = key(("all-linear",), "Hugging Face module names; all-linear: every linear layer")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Records; without a path the built-in ReviewWorld task makes them."""
+
+    path: str = key("", "data file (JSON lines, JSON, TSV, text, .gz); empty: the built-in task")
+    format: str = key("auto", "a format of `minirlhf.formats`")
+    template: str = key("plain", "prompt template")
+    max_length: int = key(0, "tokens of prompt and answer together; 0: max_seq_len", low=0)
+    on_bad_row: str = key("error", "what a bad row does", choices=("error", "drop"))
+    holdout: int = key(0, "last records of the file, kept out of training for validation", low=0)
+    size: int = key(38400, "records the built-in task makes", low=1)
+    language: str = key("en", "language of the built-in task", choices=("en", "zh"))
+
+
+@dataclass(frozen=True)
+class PairDataSection(DataSection):
+    """Records of preference; the built-in labeler judges answers of the SFT model."""
+
+    size: int = key(8192, "pairs the built-in task makes", low=1)
+    labeler: str = key(
+        "good", "who judges in the built-in task", choices=("good", "weak", "length_biased", "length_only")
+    )
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW and its schedule."""
+
+    lr: float = key(2e-3, "peak learning rate", low=0.0)
+    schedule: str = key("linear", "course of the learning rate after warm-up", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = key(20, "optimizer steps of linear warm-up", low=0)
+    final_lr: float = key(0.1, "last learning rate as a share of the peak", low=0.0, high=1.0)
+    weight_decay: float = key(0.01, "decoupled, on matrices only", low=0.0)
+    betas: tuple[float, float] = key((0.9, 0.95), "decay of the moments", low=0.0, high=0.999999)
+    eps: float = key(1e-8, "added to the root of the second moment", low=0.0)
+    max_grad_norm: float = key(1.0, "gradient norm is cut to this", low=0.0)
+
+
+@dataclass(frozen=True)
+class SFTSection:
+    """Supervised fine-tuning."""
+
+    minibatch_size: int = key(64, "sequences of one optimizer step, over all ranks", low=1)
+    microbatch_size: int = key(64, "sequences of one forward, per rank", low=1)
+    eval_every: int = key(0, "steps between validations; 0: ten in a run", low=0)
+
+
+@dataclass(frozen=True)
+class RMSection:
+    """Reward model."""
+
+    minibatch_size: int = key(64, "lists or pairs of one optimizer step, over all ranks", low=1)
+    microbatch_size: int = key(64, "lists or pairs of one forward, per rank", low=1)
+    loss: str = key(
+        "log",
+        "ranking loss; log: InstructGPT's, equal to Bradley-Terry for pairs",
+        choices=("log", "sigmoid", "softmax"),
+    )
+    centering: float = key(0.0, "c in c (r_w + r_l)^2 (Eisenstein 2023); pairs only", low=0.0)
+    eval_every: int = key(0, "steps between validations; 0: ten in a run", low=0)
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """What an answer is worth: a reward model, or a Python function of texts."""
+
+    path: str = key("", "reward-model folder; empty without fn: runs/rm/final")
+    fn: str = key("", "module:function taking lists of prompts and responses, returning a list of floats")
+
+
+@dataclass(frozen=True)
+class PPOSection:
+    """Proximal policy optimization (Schulman et al. 2017) with a KL penalty in the reward (Ziegler et al. 2019)."""
+
+    prompts: tuple[str, ...] = key((), "prompts to answer (a list, or separated by commas); empty: those of the data")
+    rollout_size: int = key(64, "answers of one iteration, over all ranks", low=1)
+    minibatch_size: int = key(32, "answers of one optimizer step, over all ranks", low=1)
+    microbatch_size: int = key(32, "answers of one forward, per rank", low=1)
+    epochs: int = key(4, "passes over a rollout", low=1)
+    gamma: float = key(1.0, "discount", low=0.0, high=1.0)
+    gae_lambda: float = key(0.95, "λ of GAE", low=0.0, high=1.0)
+    clip_range: float = key(0.2, "ε of the policy ratio", low=0.0)
+    value_clip_range: float = key(0.2, "ε_v around the rollout's values; 0: no clipping", low=0.0)
+    value_coef: float = key(0.5, "weight of the value loss", low=0.0)
+    entropy_coef: float = key(0.0, "weight of the entropy bonus", low=0.0)
+    kl_coef: float = key(0.05, "β, nats to reward", low=0.0)
+    kl: str = key(
+        "k1", "estimator in the reward; only k1 has the gradient of the sequence KL", choices=("k1", "k2", "k3", "abs")
+    )
+    kl_target: float = key(0.0, "nats per answer the adaptive controller aims at; 0: fixed β", low=0.0)
+    kl_horizon: float = key(10000.0, "answers over which the controller acts", low=1.0)
+    stop_kl: float = key(0.0, "end the epochs when k3(new, old) per token exceeds this; 0: never", low=0.0)
+    score_at: str = key("last", "token that receives the score", choices=("last", "next", "column"))
+    score_norm: str = key(
+        "first", "first: scores minus mean over deviation of the first rollout", choices=("none", "first")
+    )
+    score_clip: float = key(0.0, "scores are cut to ± this; 0: off", low=0.0)
+    missing_eos: str = key("none", "an answer without EOS", choices=("none", "replace", "subtract"))
+    missing_eos_penalty: float = key(1.0, "score becomes minus this, or loses this", low=0.0)
+    whiten_rewards: bool = key(False, "scale rewards to unit variance, mean kept")
+    whiten_advantages: bool = key(True, "advantages to mean 0, variance 1 over the rollout")
+    value_init: str = key("reward_trunk", "value model starts as", choices=("reward_trunk", "reward_model", "policy"))
+
+
+@dataclass(frozen=True)
+class SampleSection:
+    """How answers are drawn."""
+
+    max_new_tokens: int = key(26, "longest answer, EOS included", low=1)
+    temperature: float = key(1.0, "τ; also in every log-prob", low=1e-6)
+    top_k: int = key(0, "0: off", low=0)
+    top_p: float = key(1.0, "1: off", low=0.0, high=1.0)
+    min_new_tokens: int = key(0, "EOS is excluded before", low=0)
+    begin_suppress_eos: bool = key(False, "EOS is excluded as first token")
+
+
+# ---- one config per script ------------------------------------------------------------------------------------------
+
+
+def _divides(small: int, big: int, names: str) -> None:
+    if big % small:
+        raise UsageError(f"{names}: {big} is no multiple of {small}; choose sizes that divide")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """`train_sft.py`."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    lora: LoRASection = LoRASection()
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection()
+    sft: SFTSection = SFTSection()
+    sample: SampleSection = SampleSection()
+
+    def check(self) -> None:
+        """Combinations that cannot work."""
+        _divides(self.sft.microbatch_size, self.sft.minibatch_size, "sft.minibatch_size / sft.microbatch_size")
+        _check_common(self)
+
+
+@dataclass(frozen=True)
+class RMConfig:
+    """`train_rm.py`."""
+
+    run: RunSection = RunSection(steps=384)
+    model: ModelSection = ModelSection(path="runs/sft/final")
+    lora: LoRASection = LoRASection()
+    data: PairDataSection = PairDataSection()
+    optim: OptimSection = OptimSection(lr=1.5e-3, warmup_steps=10, final_lr=0.05, weight_decay=0.05, betas=(0.9, 0.999))
+    rm: RMSection = RMSection()
+    sample: SampleSection = SampleSection()
+
+    def check(self) -> None:
+        """Combinations that cannot work."""
+        _divides(self.rm.microbatch_size, self.rm.minibatch_size, "rm.minibatch_size / rm.microbatch_size")
+        _check_common(self)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """`train_ppo.py`."""
+
+    run: RunSection = RunSection(steps=60, log_every=1)
+    model: ModelSection = ModelSection(path="runs/sft/final")
+    reward: RewardSection = RewardSection()
+    lora: LoRASection = LoRASection()
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection(lr=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0)
+    ppo: PPOSection = PPOSection()
+    sample: SampleSection = SampleSection()
+
+    def check(self) -> None:
+        """Combinations that cannot work."""
+        _divides(self.ppo.minibatch_size, self.ppo.rollout_size, "ppo.rollout_size / ppo.minibatch_size")
+        _divides(self.ppo.microbatch_size, self.ppo.minibatch_size, "ppo.minibatch_size / ppo.microbatch_size")
+        _check_common(self)
+        if self.reward.path and self.reward.fn:
+            raise UsageError("reward.path and reward.fn are both given; keep one of them")
+        if self.reward.fn and self.ppo.value_init == "reward_model":
+            raise UsageError("ppo.value_init reward_model: reward.fn has no model to start from; use policy")
+        if not self.model.path:
+            raise UsageError("model.path is empty: PPO starts from a trained policy; give its folder")
+
+
+def _check_common(config: Any) -> None:
+    run, model, optim, sample = config.run, config.model, config.optim, config.sample
+    if optim.warmup_steps > run.steps:
+        raise UsageError(f"optim.warmup_steps {optim.warmup_steps} exceeds run.steps {run.steps}")
+    if model.d_model % model.n_head:
+        raise UsageError(f"model.d_model {model.d_model} is no multiple of model.n_head {model.n_head}")
+    if sample.min_new_tokens > sample.max_new_tokens:
+        raise UsageError(
+            f"sample.min_new_tokens {sample.min_new_tokens} exceeds max_new_tokens {sample.max_new_tokens}"
+        )
+    if not model.path and sample.max_new_tokens >= model.max_seq_len:
+        raise UsageError(
+            f"sample.max_new_tokens {sample.max_new_tokens} leaves no prompt in max_seq_len {model.max_seq_len}"
+        )
+    if config.lora.r and not config.lora.targets:
+        raise UsageError("lora.targets is empty while lora.r > 0; name the modules, or set lora.r 0")
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def load_config(cls: type[Config], argv: Sequence[str]) -> Config:
+    """`[CONFIG.toml|json] [--section.key value ...]` → a checked config; every mistake is a UsageError."""
+    config: Any = cls()
+    given = list(argv)
+    if given and not given[0].startswith("--"):
+        config = _apply(config, _flatten(_read_file(Path(given.pop(0)))))
+    config = _apply(config, _parse_flags(given))
+    config.check()
+    return config
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """Plain JSON values; infinity, which JSON lacks, as the word inf. Itself a valid CONFIG."""
+    out: dict[str, Any] = {}
+    for f in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            out[f.name] = to_dict(value)
+        else:
+            out[f.name] = str(value) if isinstance(value, float) and math.isinf(value) else value
+    return out
+
+
+def help_text(cls: type, script: str) -> str:
+    """Every key with its default, range or choices, and one line."""
+    lines = [f"usage: python {script} [CONFIG.toml|json] [--section.key value ...]"]
+    for section in fields(cls):
+        lines += ["", f"[{section.name}]  {type(section.default).__doc__}"]
+        for f in fields(section.default):  # type: ignore[arg-type]
+            flag = f"  --{section.name}.{f.name} {_show(getattr(section.default, f.name)) or '(empty)'}"
+            limits = " | ".join(f.metadata["choices"]) or _range(f.metadata)
+            lines.append(f"{flag.ljust(40)} {f.metadata['help']}" + (f" [{limits}]" if limits else ""))
+    return "\n".join(lines)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _range(meta: Any) -> str:
+    low, high = meta["low"], meta["high"]
+    if low is not None and high is not None:
+        return f"{low} to {high}"
+    return f">= {low}" if low is not None else ""
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    readers = {".toml": tomllib.loads, ".json": json.loads}
+    if path.suffix not in readers:
+        raise UsageError(f"{path}: a config is a .toml or .json file; settings are written --section.key value")
+    try:
+        data = readers[path.suffix](path.read_bytes().decode("utf-8-sig"))
+    except OSError as e:
+        raise UsageError(f"{path}: {e.strerror or e}") from e
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"{path}: not valid {path.suffix[1:].upper()}: {e}") from e
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a config is a table of sections")
+    return data
+
+
+def _flatten(data: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, content in data.items():
+        if not isinstance(content, dict):
+            raise UsageError(f"{section}: a section with keys is expected, not {content!r}")
+        flat |= {f"{section}.{name}": value for name, value in content.items()}
+    return flat
+
+
+def _parse_flags(argv: list[str]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise UsageError(f"{flag!r}: settings are written --section.key value; a config file comes first")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UsageError(f"--{name} needs a value")
+            value = rest.pop(0)
+        if name in flat:
+            raise UsageError(f"--{name} is given twice")
+        flat[name] = value
+    return flat
+
+
+def _apply(config: Any, flat: dict[str, Any]) -> Any:
+    known = {f"{s.name}.{f.name}": f for s in fields(config) for f in fields(getattr(config, s.name))}
+    for name, raw in flat.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            near = near or [k for k in known if k.split(".")[1] == name.split(".")[-1]][:1]
+            raise UsageError(f"{name}: no such key" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+        section, attribute = name.split(".")
+        old = getattr(config, section)
+        annotation = get_type_hints(type(old))[attribute]
+        value = _parse(name, raw, annotation)
+        _check_range(name, value, known[name].metadata)
+        config = replace(config, **{section: replace(old, **{attribute: value})})
+    return config
+
+
+def _parse(name: str, raw: Any, annotation: Any) -> Any:
+    """A value of the annotated type from a string of the command line or a value of a config file."""
+    if get_origin(annotation) is tuple:
+        return _parse_tuple(name, raw, get_args(annotation))
+    wrong = UsageError(f"{name}: {raw!r} is not {'a' if annotation is not int else 'an'} {annotation.__name__}")
+    if annotation is bool:
+        if raw in ("true", "false"):
+            return raw == "true"
+        if not isinstance(raw, bool):
+            raise UsageError(f"{name}: {raw!r} is neither true nor false")
+        return raw
+    if (
+        isinstance(raw, bool)
+        or not isinstance(raw, (str, int, float))
+        or (annotation is str and not isinstance(raw, str))
+    ):
+        raise wrong
+    if annotation is int and isinstance(raw, float):
+        raise wrong
+    try:
+        value = annotation(raw)
+    except ValueError:
+        raise wrong from None
+    if isinstance(value, float) and math.isnan(value):
+        raise wrong
+    return value
+
+
+def _parse_tuple(name: str, raw: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw) if raw.startswith("[") else [part for part in raw.split(",") if part]
+        except ValueError:
+            raw = [raw]  # a regular expression may begin with a bracket
+    if not isinstance(raw, list | tuple):
+        raise UsageError(f"{name}: {raw!r} is not a list")
+    if types.EllipsisType not in map(type, args) and len(raw) != len(args):
+        raise UsageError(f"{name}: {len(args)} values are expected, not {len(raw)}")
+    return tuple(_parse(name, item, args[0]) for item in raw)
+
+
+def _check_range(name: str, value: Any, meta: Any) -> None:
+    if meta["choices"] and value not in meta["choices"]:
+        near = difflib.get_close_matches(str(value), meta["choices"], n=1)
+        raise UsageError(
+            f"{name}: {value!r} is not one of {', '.join(meta['choices'])}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    for item in value if isinstance(value, tuple) else (value,):
+        low, high = meta["low"], meta["high"]
+        if (low is not None and item < low) or (high is not None and item > high):
+            raise UsageError(f"{name}: {item} is out of range ({_range(meta)})")

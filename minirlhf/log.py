@@ -1,0 +1,94 @@
+"""`metrics.jsonl`, `samples.jsonl` and the line on the terminal. One rank writes; every line is complete or absent."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from minirlhf import dist
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """One JSON object, one `write`: a crash leaves whole lines, or one torn last line that readers skip."""
+    data = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of such a file; a torn one at the end is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop lines beyond `step` (they belong to work that is done again) and a torn last line; earlier bytes stay."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["step"] > step:
+            break
+        kept.append(line + b"\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
+
+
+class Progress:
+    """One line that renews itself on a terminal, plain lines elsewhere; the time left from the steps so far."""
+
+    def __init__(self, name: str, total: int, *, start: int = 0, out: TextIO | None = None):
+        self.name, self.total, self.start = name, total, start
+        self.out = out or sys.stdout
+        self.began = time.monotonic()
+        self.last = 0.0
+
+    def show(self, step: int, metrics: dict[str, Any], words: tuple[str, ...], *, keep: bool = False) -> None:
+        """Print the chosen metrics; without a terminal only lines to keep, at most one in two seconds or the last."""
+        if dist.rank() != 0:
+            return
+        live, now = self.out.isatty(), time.monotonic()
+        if not live and not (step == self.total or (keep and now - self.last > 2.0)):
+            return
+        self.last = now
+        left = (now - self.began) / max(1, step - self.start) * (self.total - step)
+        shown = "  ".join(f"{_short(w)} {_number(metrics[w])}" for w in words if w in metrics)
+        line = f"{self.name} {step}/{self.total}  {shown}  {_duration(left)} left"
+        self.out.write(f"\r\x1b[2K{line}" + ("\n" if step == self.total else "") if live else line + "\n")
+        self.out.flush()
+
+
+def _short(name: str) -> str:
+    return name.split("/")[-1].removesuffix("_avg").removesuffix("_mean")
+
+
+def _number(x: Any) -> str:
+    if not isinstance(x, float):
+        return str(x)
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

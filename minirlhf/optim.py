@@ -1,0 +1,62 @@
+"""AdamW's parameter groups, learning-rate schedules and gradient clipping."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minirlhf import dist
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+def parameter_groups(named: Named, weight_decay: float) -> list[dict]:
+    """Decay for matrices, none for vectors (biases, norms); frozen and repeated parameters are left out."""
+    unique = {id(p): p for _, p in named if p.requires_grad}.values()
+    matrices, vectors = [p for p in unique if p.ndim >= 2], [p for p in unique if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(named: Named, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101), lr·m̂/(√v̂ + eps)."""
+    return torch.optim.AdamW(parameter_groups(named, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def lr_factor(
+    step: int,  # s, from 1
+    *,
+    kind: str,  # "constant" | "linear" | "cosine"
+    warmup: int,  # w
+    total: int,  # N
+    final: float = 0.0,  # share of the peak at s = N
+) -> float:
+    """Warm-up s/w, then f = (N-s)/(N-w) or ½(1 + cos π(s-w)/(N-w)), scaled to end at `final`."""
+    if step < warmup:
+        return step / warmup
+    if kind == "constant" or total <= warmup:
+        return 1.0
+    progress = min(1.0, (step - warmup) / (total - warmup))
+    f = 1.0 - progress if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return final + (1.0 - final) * f
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The same rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their joint 2-norm is at most max_norm; returns the norm before, on the device."""
+    return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Add gradients over ranks: losses are already divided by the global count, so the sum is the gradient."""
+    if dist.world_size() > 1:
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            p.grad.copy_(dist.all_sum(p.grad))

@@ -1,0 +1,516 @@
+"""The causal language model: one transformer, whose switches make it a GPT-2, BLOOM, OPT, LLaMA, Qwen or GPT-NeoX.
+
+Not here: names in Hugging Face files (`pretrained.py`), sampling (`generate.py`), adapters, sharding. Positions count
+the real tokens of a row, so padding on the left, or holes in it, change nothing. What goes wrong: a query that may see
+no key turns into NaN, and NaN spreads through gradients; therefore every query sees at least itself.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from minirlhf.errors import UsageError
+from minirlhf.families import FAMILIES, SWITCHES
+
+DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
+CHOICES = {
+    "norm": ("layer", "rms"),
+    "position": ("learned", "alibi", "rotary"),
+    "activation": ("gelu_tanh", "gelu", "relu", "silu"),
+    "qkv": ("split", "blocks", "heads"),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes, and the switches of the architecture; a switch left out (None) is what the family says."""
+
+    family: str = "gpt2"
+    vocab_size: int = 256  # rows of the embedding
+    n_layer: int = 2
+    n_head: int = 4
+    d_model: int = 64  # C
+    max_seq_len: int = 64  # rows of the position table; only informative without one
+    n_kv_head: int = DERIVED  # key/value heads; None: n_head
+    head_dim: int = DERIVED  # D; None: C / n_head
+    d_inner: int = DERIVED  # None: 4C, or 8C/3 rounded up to a multiple of 8 with a gate
+    norm: str = DERIVED  # "layer" | "rms"
+    norm_eps: float = DERIVED
+    position: str = DERIVED  # "learned" | "alibi" | "rotary"
+    position_offset: int = DERIVED  # rows of the position table before position 0
+    rope_theta: float = 10000.0
+    rope_fraction: float = DERIVED  # share of the head's dimensions that rotate
+    rope_factor: float = 1.0  # "linear" scaling: positions / factor
+    rope_llama3: tuple[float, float, int] | None = None  # low, high, original length; beside rope_factor
+    activation: str = DERIVED  # "gelu_tanh" | "gelu" | "relu" | "silu"
+    gated: bool = DERIVED  # act(gate x) · up x instead of act(up x)
+    parallel_residual: bool = DERIVED  # x + attn(n1 x) + mlp(n2 x)
+    qkv_bias: bool = DERIVED
+    out_bias: bool = DERIVED
+    mlp_bias: bool = DERIVED
+    qk_norm: bool = DERIVED  # RMS norm of each head's query and key, before the rotation
+    embed_norm: bool = DERIVED  # norm right after the embedding
+    sliding_window: int | None = None  # tokens a query sees, itself included; None: all before it
+    sliding_layers: tuple[int, ...] | None = None  # layers with that window; None: all
+    tied: bool = DERIVED  # the head is the embedding
+    qkv: str = DERIVED  # "split": three matrices; one matrix with rows "blocks" [q | k | v] or "heads" (H, 3, D)
+    dropout: float = 0.0  # after the embedding, on attention weights and on both branches
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise UsageError(f"model.family {self.family!r} is unknown; choose one of {', '.join(FAMILIES)}")
+        for name, value in (SWITCHES | FAMILIES[self.family].switches).items():
+            self._default(name, value)
+        if self.head_dim is None and self.n_head > 0 and self.d_model % self.n_head:
+            raise UsageError(f"model.d_model {self.d_model} is not a multiple of model.n_head {self.n_head}")
+        self._default("n_kv_head", self.n_head)
+        self._default("head_dim", self.d_model // max(self.n_head, 1))
+        self._default("d_inner", -(-8 * self.d_model // 24) * 8 if self.gated else 4 * self.d_model)
+        self._check()
+
+    def _default(self, name: str, value: object) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
+        for name in ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len", "n_kv_head", "head_dim", "d_inner"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"model.{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        if self.n_head % self.n_kv_head:
+            raise UsageError(f"model.n_head {self.n_head} is not a multiple of model.n_kv_head {self.n_kv_head}")
+        if self.qkv != "split" and self.n_kv_head != self.n_head:
+            raise UsageError(f"model.n_kv_head {self.n_kv_head} needs model.qkv 'split', not {self.qkv!r}")
+        if self.position == "rotary" and (self.rope_dim < 2 or self.rope_dim % 2):
+            raise UsageError(f"model: rotary positions need an even number of dimensions, not {self.rope_dim}")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"model.dropout must be in [0, 1), not {self.dropout}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise UsageError(f"model.sliding_window must be at least 1, not {self.sliding_window}")
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head that rotate."""
+        return int(self.head_dim * self.rope_fraction)
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of one layer, None for full attention."""
+        return self.sliding_window if self.sliding_layers is None or layer in self.sliding_layers else None
+
+
+def alibi_slopes(n_head: int) -> list[float]:
+    """Slopes of Press et al. 2021 (arXiv 2108.12409, section 3) as BLOOM uses them, for any number of heads.
+
+    n = largest power of two ≤ H: b, b², … bⁿ with b = 2^(-8/n); then the odd powers of 2^(-8/2n) for the other heads.
+    """
+    n = 2 ** int(math.log2(n_head))
+    return [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (n_head - n), 2)]
+
+
+def rope_frequencies(config: ModelConfig, like: Tensor) -> Tensor:  # (rope_dim / 2,)
+    """θ^(-2i/d) (Su et al. 2021, arXiv 2104.09864, eq. 15), scaled as LLaMA 3.1 does where the config says so.
+
+    Linear: f / factor. llama3, with wavelength λ = 2π/f and n the original length: f where λ < n/high, f / factor where
+    λ > n/low, and between them the mix (1-s)·f/factor + s·f with s = (n/λ - low) / (high - low).
+    """
+    d = config.rope_dim
+    f = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=like.device).to(like.dtype) / d)
+    if config.rope_llama3 is None:
+        return f / config.rope_factor
+    low, high, n = config.rope_llama3
+    s = ((n * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return (1 - s) * f / config.rope_factor + s * f
+
+
+def rotate(
+    x: Tensor,  # (B, H, T, D)
+    cos_sin: tuple[Tensor, Tensor],  # each (B, 1, T, d), at least fp32
+) -> Tensor:  # (B, H, T, D)
+    """Rotates the first d dimensions, dimension i paired with i + d/2 (the half convention of LLaMA and GPT-NeoX)."""
+    cos, sin = cos_sin
+    x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+    a, b = x.to(cos.dtype).chunk(2, -1)
+    turned = torch.cat([a, b], -1) * cos + torch.cat([-b, a], -1) * sin
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, in tensors of a fixed size (B, H_kv, max_len, D) per layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_len: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (batch, config.n_kv_head, max_len, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.length = 0  # tokens written in every layer
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, H_kv, T, D) → (B, H_kv, S, D)
+        """Writes the new tokens of one layer and returns everything up to them; `length` moves after the last layer."""
+        end = self.length + k.shape[2]
+        keys, values = self.keys[layer], self.values[layer]
+        assert end <= keys.shape[2], f"cache of {keys.shape[2]} tokens cannot hold {end}"
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def rows(self, index: Tensor) -> "Cache":  # index (B',) int64
+        """A new cache with these rows, in this order: drops finished ones, or repeats a prompt's row."""
+        new = object.__new__(Cache)
+        new.keys = [t.index_select(0, index) for t in self.keys]
+        new.values = [t.index_select(0, index) for t in self.values]
+        new.length = self.length
+        return new
+
+    def repeat_interleave(self, n: int) -> "Cache":
+        """Each row n times in a row: one prefill serves n answers to one prompt."""
+        batch = torch.arange(self.keys[0].shape[0], device=self.keys[0].device)
+        return self.rows(batch.repeat_interleave(n))
+
+
+class Linear(nn.Linear):
+    """nn.Linear that draws nothing: `initialize` draws every weight from one explicit generator."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the memory as it is."""
+
+
+class Head(Linear):
+    """A bias-free linear map whose result is at least fp32, whatever the weights are: logits, scores and values."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) → (..., n_out)
+        """Products of bf16 numbers summed in fp32 and never rounded back: bf16 logits cost 6 % of ratio noise."""
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        if not torch.is_autocast_enabled(x.device.type):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that draws nothing."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the memory as it is."""
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016, arXiv 1607.06450) or RMSNorm (Zhang, Sennrich 2019, arXiv 1910.07467); fp32 inside."""
+
+    def __init__(self, kind: str, size: int, eps: float) -> None:
+        super().__init__()
+        self.size, self.eps = (size,), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if kind == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., size) → same shape and dtype
+        """Weights of a wider dtype than x widen the computation, not the result."""
+        if x.dtype == torch.bfloat16 or x.dtype != self.weight.dtype:
+            wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+            bias = None if self.bias is None else self.bias.to(wide)
+            return self._norm(x.to(wide), self.weight.to(wide), bias).to(x.dtype)
+        return self._norm(x, self.weight, self.bias)
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return F.rms_norm(x, self.size, weight, self.eps)
+        return F.layer_norm(x, self.size, weight, bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, arXiv 1706.03762), keys in groups (Ainslie 2023, arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.d_model
+        self.n_head, self.head_dim, self.layout, self.dropout = H, D, config.qkv, config.dropout
+        self.grouped = K != H
+        if config.qkv == "split":
+            self.q = Linear(C, H * D, bias=config.qkv_bias)
+            self.k = Linear(C, K * D, bias=config.qkv_bias)
+            self.v = Linear(C, K * D, bias=config.qkv_bias)
+        else:
+            self.qkv = Linear(C, 3 * H * D, bias=config.qkv_bias)
+        self.q_norm = Norm("rms", D, config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm("rms", D, config.norm_eps) if config.qk_norm else None
+        self.out = Linear(H * D, C, bias=config.out_bias)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, C) → (B, T, H, D), (B, T, H_kv, D) twice
+        """Queries, keys and values; the packed matrix keeps the row order of the family's files."""
+        B, T, _ = x.shape
+        D = self.head_dim
+        if self.layout == "split":
+            return self.q(x).view(B, T, -1, D), self.k(x).view(B, T, -1, D), self.v(x).view(B, T, -1, D)
+        if self.layout == "blocks":
+            return self.qkv(x).view(B, T, 3, -1, D).unbind(2)
+        return self.qkv(x).view(B, T, -1, 3, D).unbind(3)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, C)
+        mask: Tensor | None,  # (B or 1, 1, T, S) True = visible, or (B, H, T, S) fp32 bias; None: causal
+        rope: tuple[Tensor, Tensor] | None,  # cos, sin (B, 1, T, d)
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:  # (B, T, C)
+        """softmax(q kᵀ / √D + bias) v, over the cached tokens and the new ones."""
+        q, k, v = (t.transpose(1, 2) for t in self.heads(x))  # (B, H, T, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = self.attend(q, k, v, mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # (B, H, T, D)
+        """torch's fused attention; with an ALiBi bias in fp32 all over, since bf16 has no exact integers above 256."""
+        p = self.dropout if self.training else 0.0
+        if mask is None:
+            causal = q.shape[2] > 1
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal, enable_gqa=self.grouped)
+        if mask.dtype == torch.bool or mask.dtype == q.dtype:
+            return F.scaled_dot_product_attention(q, k, v, mask, p, enable_gqa=self.grouped)
+        with torch.autocast(q.device.type, enabled=False):
+            wide = mask.dtype
+            y = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), mask, p, enable_gqa=self.grouped)
+            return y.to(q.dtype)
+
+
+class MLP(nn.Module):
+    """down(act(up x)), or down(act(gate x) · up x) with a gate (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.up = Linear(config.d_model, config.d_inner, bias=config.mlp_bias)
+        self.gate = Linear(config.d_model, config.d_inner, bias=config.mlp_bias) if config.gated else None
+        self.down = Linear(config.d_inner, config.d_model, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) → (B, T, C)
+        """One hidden layer."""
+        if self.gate is not None:
+            return self.down(self.act(self.gate(x)) * self.up(x))
+        return self.down(self.act(self.up(x)))
+
+    def act(self, x: Tensor) -> Tensor:  # same shape
+        """The family's nonlinearity."""
+        if self.activation == "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        if self.activation == "gelu":
+            return F.gelu(x)
+        return F.relu(x) if self.activation == "relu" else F.silu(x)
+
+
+class Block(nn.Module):
+    """Attention and MLP around the residual stream, one after the other or side by side (GPT-NeoX)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.parallel, self.dropout = config.parallel_residual, config.dropout
+        self.norm1 = Norm(config.norm, config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = Norm(config.norm, config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, C)
+        mask: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:  # (B, T, C)
+        """x + attn(n1 x), then + mlp(n2 ·) of that sum, or of x itself when parallel."""
+        attended = x + self.drop(self.attn(self.norm1(x), mask, rope, cache, layer))
+        return attended + self.drop(self.mlp(self.norm2(x if self.parallel else attended)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout on a branch."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class View(NamedTuple):
+    """What all layers share in one forward pass."""
+
+    positions: Tensor  # (B or 1, T) of the new tokens, 0 and up
+    masks: dict[int | None, Tensor | None]  # per sliding window, see Attention
+    rope: tuple[Tensor, Tensor] | None
+
+
+class Trunk(nn.Module):
+    """Everything below the head: embedding, blocks, final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint = False  # recompute each block in the backward pass instead of keeping its activations
+        C = config.d_model
+        self.embed = Embedding(config.vocab_size, C)
+        learned = config.position == "learned"
+        self.pos_embed = Embedding(config.max_seq_len + config.position_offset, C) if learned else None
+        self.embed_norm = Norm(config.norm, C, config.norm_eps) if config.embed_norm else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.final_norm = Norm(config.norm, C, config.norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, T) int64; with a cache only the new tokens
+        attention_mask: Tensor | None = None,  # (B, S) True = real token; S = cached + T
+        *,
+        cache: Cache | None = None,
+    ) -> Tensor:  # (B, T, C)
+        """Hidden states after the final norm."""
+        T, past = input_ids.shape[1], 0 if cache is None else cache.length
+        if attention_mask is not None:
+            assert attention_mask.shape == (input_ids.shape[0], past + T), (attention_mask.shape, input_ids.shape, past)
+            attention_mask = attention_mask.to(torch.bool)
+        x = self.embed(input_ids)  # (B, T, C)
+        view = self.view(attention_mask, T, past, x)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(view.positions + self.config.position_offset)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        if self.config.dropout:
+            x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.blocks):
+            args = (x, view.masks[self.config.window(i)], view.rope, cache, i)
+            if self.checkpoint and self.training and cache is None:
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
+        if cache is not None:
+            cache.length += T
+        return self.final_norm(x)
+
+    def view(self, mask: Tensor | None, T: int, past: int, x: Tensor) -> View:
+        """Positions, masks and rotations for the last T of past + T tokens, made once for all layers."""
+        S, config = past + T, self.config
+        if mask is None:
+            keys = torch.arange(S, device=x.device)[None]  # (1, S) position of every token
+        else:
+            keys = (mask.cumsum(1) - 1).clamp(min=0)  # (B, S)
+        positions = keys[:, past:]  # (B or 1, T)
+        if config.position == "learned" and config.max_seq_len < S and int(keys.max()) >= config.max_seq_len:
+            raise UsageError(f"{int(keys.max()) + 1} tokens in a row, but model.max_seq_len is {config.max_seq_len}")
+        wide = torch.promote_types(x.dtype, torch.float32)
+        bias = None
+        if config.position == "alibi":
+            slopes = torch.tensor(alibi_slopes(config.n_head), dtype=wide, device=x.device)
+            bias = slopes[:, None, None] * keys[:, None, None].to(wide)  # (B, H, 1, S)
+        rope = None
+        if config.position == "rotary":
+            angle = positions[:, None, :, None] * rope_frequencies(config, x.new_empty(0, dtype=wide))  # (B, 1, T, d/2)
+            angle = torch.cat([angle, angle], -1)
+            rope = angle.cos(), angle.sin()
+        windows = {config.window(i) for i in range(config.n_layer)}
+        return View(positions, {w: visible(mask, keys, T, w, bias) for w in windows}, rope)
+
+
+def visible(
+    mask: Tensor | None,  # (B, S) bool, True = real token
+    keys: Tensor,  # (B or 1, S) positions
+    T: int,  # the last T tokens ask
+    window: int | None,
+    bias: Tensor | None,  # (B or 1, H, 1, S) ALiBi
+) -> Tensor | None:  # (B or 1, 1, T, S) bool, or (B, H, T, S) with a bias; None: plain causal, no mask needed
+    """Key j is visible to query i when j ≤ i, j is real and pos_i - window < pos_j; and every query sees itself."""
+    S = keys.shape[1]
+    if window is not None and window >= S:
+        window = None
+    if mask is None and window is None and bias is None and T in (1, S):
+        return None
+    if T == 1:
+        seen = keys.new_ones((1, S), dtype=torch.bool) if mask is None else F.pad(mask[:, :-1], (0, 1), value=True)
+        seen = seen[:, None, None]  # (B, 1, 1, S)
+    else:
+        query = torch.arange(S - T, S, device=keys.device)[:, None]  # (T, 1)
+        key = torch.arange(S, device=keys.device)[None]  # (1, S)
+        seen = (key <= query)[None, None]  # (1, 1, T, S)
+        if mask is not None:
+            seen = (seen & mask[:, None, None]) | (key == query)
+    if window is not None:
+        seen = seen & (keys[:, None, None] > keys[:, None, S - T :, None] - window)
+    return seen if bias is None else torch.where(seen, bias, -torch.inf)
+
+
+class CausalLM(nn.Module):
+    """p(token | tokens before it): a trunk and a head, which is the embedding itself when the config ties them."""
+
+    def __init__(self, config: ModelConfig, *, rng: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.head = Head(config.d_model, config.vocab_size)
+        self.tie()
+        initialize(self, rng)
+
+    def tie(self) -> None:
+        """Makes the head's weight the embedding's, where the config says so; after a load that replaced tensors too."""
+        if self.config.tied:
+            self.head.weight = self.trunk.embed.weight
+
+    def hidden(
+        self,
+        input_ids: Tensor,  # (B, T) int64
+        attention_mask: Tensor | None = None,  # (B, S) True = real token
+        *,
+        cache: Cache | None = None,
+    ) -> Tensor:  # (B, T, C)
+        """Hidden states after the final norm, ready for the head."""
+        return self.trunk(input_ids, attention_mask, cache=cache)
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, T) int64
+        attention_mask: Tensor | None = None,  # (B, T) True = real token
+    ) -> Tensor:  # (B, T, V), at least fp32
+        """Logits of the next token after every position."""
+        return self.head(self.hidden(input_ids, attention_mask))
+
+    def module_names(self) -> dict[str, str]:
+        """Our path of every module with weights → its path in the family's Hugging Face class."""
+        return trunk_names(self.trunk) | {"head": FAMILIES[self.config.family].head}
+
+
+def initialize(model: nn.Module, rng: torch.Generator | None = None) -> None:
+    """Matrices and tables normal(0, 0.02) (Radford et al. 2019), biases 0, norms 1; drawn in the order of modules."""
+    drawn = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight not in drawn:
+            nn.init.normal_(module.weight, std=0.02, generator=rng)
+            drawn.add(module.weight)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def trunk_names(trunk: Trunk) -> dict[str, str]:
+    """Our path of every module of a trunk with weights → its path in the family's Hugging Face class."""
+    family = FAMILIES[trunk.config.family]
+    found = {}
+    for path, module in trunk.named_modules():
+        if not list(module.parameters(recurse=False)):
+            continue
+        if path.startswith("blocks."):
+            _, i, rest = path.split(".", 2)
+            theirs = family.layers.replace("N", i) + "." + family.names[rest]
+        else:
+            theirs = family.names[path]
+        found["trunk." + path] = family.prefix + theirs
+    return found

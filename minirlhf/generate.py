@@ -1,0 +1,237 @@
+"""Batched sampling with a key/value cache and an explicit random stream per row.
+
+Three things make it fast: each distinct prompt is run once, finished rows leave the batch, and one pass gives both the
+token and its log-prob. One thing makes it reproducible: row r draws its uniform numbers from its own stream and inverts
+the cumulative distribution, so that its answer depends neither on its neighbours nor on the batch size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minirlhf.errors import NonFiniteError
+from minirlhf.model import Cache, CausalLM
+from minirlhf.ops import token_logprobs
+from minirlhf.rng import generator
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Answers, right-padded; index t is the t-th new token."""
+
+    tokens: Tensor  # (B, R) int64, pad_token_id after the end
+    mask: Tensor  # (B, R) bool, True up to and including EOS
+    logprobs: Tensor  # (B, R) log π(token) under the unfiltered policy at the sampling temperature; 0 where not mask
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What changes the policy's distribution before a token is drawn; the defaults change nothing."""
+
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...]
+    temperature: float = 1.0  # τ
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    begin_suppress_tokens: tuple[int, ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    do_sample: bool = True
+
+
+@torch.no_grad()
+def generate(  # noqa: PLR0913  (the contract's signature; the names are transformers')
+    model: CausalLM,
+    input_ids: Tensor,  # (B, P) left-padded prompts
+    attention_mask: Tensor | None = None,  # (B, P) True = real; None: all real
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    min_new_tokens: int = 0,
+    begin_suppress_tokens: Sequence[int] = (),
+    suppress_tokens: Sequence[int] = (),
+    do_sample: bool = True,
+    num_return_sequences: int = 1,
+    rng: torch.Generator | Sequence[torch.Generator] | None = None,  # one, or one per returned row; None: torch's own
+) -> Generation:  # each (B · num_return_sequences, R), the answers to one prompt together
+    """Draw an answer to every prompt, until its EOS or max_new_tokens.
+
+    Raises ValueError for prompts that are not left-padded or too long for the model, NonFiniteError for logits that
+    are NaN or leave no token to draw.
+    """
+    eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
+    sampling = Sampling(
+        max_new_tokens, eos, temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens,
+        tuple(begin_suppress_tokens), tuple(suppress_tokens), do_sample,
+    )  # fmt: skip
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    _check(model, input_ids, mask, sampling)
+    training = model.training
+    model.eval()
+    try:
+        return _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng)
+    finally:
+        model.train(training)
+
+
+def _decode(
+    model: CausalLM,
+    input_ids: Tensor,  # (B, P)
+    mask: Tensor,  # (B, P)
+    sampling: Sampling,
+    pad_token_id: int,
+    n: int,  # answers per prompt
+    rng: torch.Generator | Sequence[torch.Generator] | None,
+) -> Generation:
+    device, R = input_ids.device, sampling.max_new_tokens
+    uniforms = row_uniforms(rng, len(input_ids) * n, R).to(device) if sampling.do_sample else None  # (B·n, R)
+    cache, hidden, source = _prefill(model, input_ids, mask, R)
+    source = source.repeat_interleave(n)  # (B·n,) distinct prompt of each row
+    cache = cache.rows(source)
+    hidden = hidden[source]  # (b, C) at the last position, b rows still open
+
+    B = len(source)
+    tokens = torch.full((B, R), pad_token_id, device=device)
+    taken = torch.zeros(B, R, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(B, R, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    prompts, rows = input_ids.repeat_interleave(n, 0), torch.arange(B, device=device)
+    prefix = torch.cat([mask.repeat_interleave(n, 0), torch.ones(B, R, dtype=torch.bool, device=device)], 1)  # (B, P+R)
+    P = input_ids.shape[1]
+    ends = torch.tensor(sampling.eos_token_ids, device=device)
+
+    for t in range(R):
+        logits = model.head(hidden)  # (b, V) at least fp32
+        bad = ~torch.isfinite(logits.sum(-1))  # (b,)
+        if bad.any():
+            raise NonFiniteError(f"logits of row {rows[bad][0].item()} at new token {t} are NaN or infinite")
+        seen = (prompts[rows], prefix[rows, :P], tokens[rows, :t])
+        token = draw(filtered(logits, sampling, t, seen), None if uniforms is None else uniforms[rows, t])  # (b,)
+        tokens[rows, t], taken[rows, t] = token, True
+        logprobs[rows, t] = token_logprobs(logits, token, temperature=sampling.temperature)
+        still = (token[:, None] != ends).all(-1).nonzero()[:, 0]  # (b',)
+        if len(still) == 0 or t + 1 == R:
+            break
+        if len(still) < len(rows):
+            rows, token = rows[still], token[still]
+            cache = cache.rows(still)
+        hidden = model.hidden(token[:, None], prefix[rows, : P + t + 1], cache=cache)[:, -1]  # (b', C)
+    longest = int(taken.any(0).sum())
+    return Generation(tokens[:, :longest], taken[:, :longest], logprobs[:, :longest])
+
+
+def _prefill(model: CausalLM, input_ids: Tensor, mask: Tensor, R: int) -> tuple[Cache, Tensor, Tensor]:
+    """Run each distinct prompt once → cache, hidden state at the last position, and the distinct prompt of each row."""
+    P = input_ids.shape[1]
+    both = torch.cat([torch.where(mask, input_ids, -1), mask.long()], 1)  # (B, 2P); pads compare equal
+    distinct, source = torch.unique(both, dim=0, return_inverse=True)  # (U, 2P), (B,)
+    ids, real = distinct[:, :P].clamp(min=0), distinct[:, P:].bool()
+    cache = Cache(model.config, len(ids), P + R, dtype=model.trunk.embed.weight.dtype, device=input_ids.device)
+    return cache, model.hidden(ids, real, cache=cache)[:, -1], source
+
+
+def row_uniforms(rng: torch.Generator | Sequence[torch.Generator] | None, rows: int, n: int) -> Tensor:  # (rows, n)
+    """Row r's numbers come from its own stream: derived from one number of `rng` and r, or from `rng[r]`."""
+    if rng is None or isinstance(rng, torch.Generator):
+        device = "cpu" if rng is None else rng.device
+        base = int(torch.randint(2**62, (), generator=rng, device=device))
+        rng = [generator(base, "sample", row=r) for r in range(rows)]
+    if len(rng) != rows:
+        raise ValueError(f"rng: {len(rng)} generators for {rows} rows")
+    return torch.stack([torch.rand(n, generator=g, dtype=torch.float64, device=g.device).cpu() for g in rng])
+
+
+def draw(logits: Tensor, uniform: Tensor | None) -> Tensor:  # (b, V), (b,) in [0, 1) or None: greedy → (b,)
+    """Invert the cumulative distribution: the first token whose cumulated probability exceeds u."""
+    if uniform is None:
+        return logits.argmax(-1)
+    cumulated = logits.double().softmax(-1).cumsum(-1)  # (b, V)
+    target = uniform[:, None] * cumulated[:, -1:]  # u · total, so that rounding of the total cannot matter
+    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def filtered(
+    logits: Tensor,  # (b, V) of the policy
+    sampling: Sampling,
+    t: int,  # new tokens so far
+    seen: tuple[Tensor, Tensor, Tensor],  # prompt (b, P), its mask (b, P), answer so far (b, t)
+) -> Tensor:  # (b, V) whose softmax is drawn from
+    """Penalties, exclusions, temperature, top-k, top-p, in the order of transformers; inputs stay as they are."""
+    z = logits
+    if sampling.repetition_penalty != 1.0:
+        z = penalize_repetition(z, sampling.repetition_penalty, seen)
+    if sampling.no_repeat_ngram_size:
+        z = ban_repeated_ngrams(z, sampling.no_repeat_ngram_size, seen)
+    excluded = list(sampling.suppress_tokens)
+    excluded += sampling.eos_token_ids if t < sampling.min_new_tokens else ()
+    excluded += sampling.begin_suppress_tokens if t == 0 else ()
+    if excluded:
+        z = z.index_fill(-1, torch.tensor(excluded, device=z.device), NEVER)
+    if not sampling.do_sample:
+        return z
+    z = z / sampling.temperature
+    if 0 < sampling.top_k < z.shape[-1]:
+        kth = z.topk(sampling.top_k, dim=-1).values[:, -1:]  # (b, 1)
+        z = z.masked_fill(z < kth, NEVER)
+    if sampling.top_p < 1.0:
+        z = nucleus(z, sampling.top_p)
+    if not (z > NEVER).any(-1).all():
+        raise NonFiniteError(f"the sampling filters leave no token to draw at new token {t}; loosen them")
+    return z
+
+
+def penalize_repetition(z: Tensor, theta: float, seen: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # (b, V)
+    """z/θ if z > 0 else zθ for tokens of prompt and answer (Keskar et al. 2019, arXiv 1909.05858)."""
+    prompt, real, answer = seen
+    count = torch.zeros_like(z).scatter_add_(-1, prompt, real.to(z.dtype))
+    count = count.scatter_add_(-1, answer, torch.ones_like(answer, dtype=z.dtype))
+    return torch.where(count > 0, torch.where(z > 0, z / theta, z * theta), z)
+
+
+def ban_repeated_ngrams(z: Tensor, n: int, seen: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # (b, V)
+    """Exclude every token that would complete an n-gram that prompt or answer already hold."""
+    prompt, real, answer = seen
+    z = z.clone()
+    for row in range(len(z)):
+        ids = prompt[row][real[row]].tolist() + answer[row].tolist()
+        tail = ids[len(ids) - n + 1 :]
+        banned = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == tail]
+        z[row, banned] = NEVER
+    return z
+
+
+def nucleus(z: Tensor, p: float) -> Tensor:  # (b, V)
+    """Keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2019, 1904.09751)."""
+    ordered, index = z.sort(-1, descending=True, stable=True)
+    probs = ordered.softmax(-1)
+    outside = probs.cumsum(-1) - probs >= p  # (b, V) the tokens before it reach p already
+    outside[:, 0] = False
+    return z.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), NEVER)
+
+
+def _check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling) -> None:
+    assert input_ids.ndim == 2, input_ids.shape
+    assert mask.shape == input_ids.shape, (mask.shape, input_ids.shape)
+    if sampling.max_new_tokens < 1 or sampling.temperature <= 0:
+        raise ValueError(
+            f"max_new_tokens {sampling.max_new_tokens} and temperature {sampling.temperature} must be positive"
+        )
+    if not mask.numel() or not mask[:, -1].all() or (mask[:, :-1] > mask[:, 1:]).any():
+        raise ValueError("generate: prompts must be left-padded and not empty")
+    if model.config.position == "learned":
+        longest = int(mask.sum(-1).max()) + sampling.max_new_tokens
+        if longest > model.config.max_seq_len:
+            raise ValueError(
+                f"generate: prompt and answer of {longest} tokens exceed {model.config.max_seq_len} positions"
+            )

@@ -1,0 +1,128 @@
+"""Records → tensors. The order of rows is a function of (seed, epoch), rows of one forward have similar lengths.
+
+Truncation never makes a label that is not in the text: an answer cut in SFT loses its EOS label, a preference list that
+is too long is left out whole, and both are counted.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.errors import DataError
+from minirlhf.rng import generator
+from minirlhf.templates import Template
+from minirlhf.tokenizer import Tokenizer
+
+
+class Example(NamedTuple):
+    """One sequence of SFT."""
+
+    ids: list[int]
+    trained: list[bool]  # True where the token is a label
+
+
+class RankedList(NamedTuple):
+    """K answers to one prompt, each with its prompt before it."""
+
+    sequences: list[list[int]]
+    ranks: list[int]  # 1 = best, ties allowed, 0 = absent
+
+
+class Batch(NamedTuple):
+    """Right-padded rows."""
+
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) bool
+    trained: Tensor  # (B, T) bool, True where input_ids is a label
+
+
+def step_rows(n: int, size: int, step: int, *, seed: int) -> list[int]:
+    """Rows of the step-th batch (from 0) out of n: the epochs' permutations laid end to end and cut into batches."""
+    rows = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, index = divmod(position, n)
+        rows.append((epoch, index))
+    orders = {e: torch.randperm(n, generator=generator(seed, "order", e)).tolist() for e in {e for e, _ in rows}}
+    return [orders[epoch][index] for epoch, index in rows]
+
+
+def by_length(rows: Sequence[int], size: int, length: Callable[[int], int]) -> list[list[int]]:
+    """Cut rows into groups of `size` of similar length, so that padding is short."""
+    ordered = sorted(rows, key=length)
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def pad(rows: Sequence[Sequence[Any]], value: Any, *, left: bool = False, device: str = "cpu") -> Tensor:  # (B, T)
+    """Rows of unequal length as one tensor."""
+    width = max(map(len, rows))
+    fill = ([value] * (width - len(row)) for row in rows)
+    return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in zip(rows, fill, strict=True)], device=device)
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: str = "cpu") -> Batch:
+    """Right-padded rows of SFT."""
+    real = pad([[True] * len(e.ids) for e in examples], False, device=device)
+    ids = pad([e.ids for e in examples], pad_id, device=device)
+    return Batch(ids, real, pad([e.trained for e in examples], False, device=device))
+
+
+def encode_sft(
+    records: Sequence[Any],  # prompt, response, and turns of a conversation
+    tokenizer: Tokenizer,
+    template: Template,
+    max_length: int,
+) -> tuple[list[Example], dict[str, int]]:
+    """Records → examples; a sequence too long is cut at its end. Also how many were cut, and how many lost every label."""
+    examples, counts = [], {"cut": 0, "no_label": 0}
+    for record in records:
+        turns = getattr(record, "turns", ())
+        encoded = (
+            template.encode_turns(tokenizer, turns)
+            if turns
+            else template.encode(tokenizer, record.prompt, record.response)
+        )
+        ids, trained = encoded[0][:max_length], encoded[1][:max_length]
+        counts["cut"] += len(ids) < len(encoded[0])
+        if any(trained[1:]):  # the first token has no token before it to be predicted from
+            examples.append(Example(ids, trained))
+        else:
+            counts["no_label"] += 1
+    if not examples:
+        raise DataError(f"no record keeps a trained token within data.max_length {max_length}")
+    return examples, counts
+
+
+def encode_lists(
+    records: Sequence[Any],  # prompt, responses, ranks
+    tokenizer: Tokenizer,
+    template: Template,
+    max_length: int,
+) -> tuple[list[RankedList], dict[str, int]]:
+    """Ranked lists → token lists; one with an answer that is too long is left out whole, and counted."""
+    lists, counts = [], {"too_long": 0}
+    for record in records:
+        prompt = template.prompt_ids(tokenizer, record.prompt)
+        sequences = [prompt + template.response_ids(tokenizer, response) for response in record.responses]
+        if max(map(len, sequences)) > max_length:
+            counts["too_long"] += 1
+        else:
+            lists.append(RankedList(sequences, list(record.ranks)))
+    if not lists:
+        raise DataError(f"no list fits into data.max_length {max_length}")
+    return lists, counts
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    template: Template,
+    max_length: int,  # prompt tokens that leave room for the answer
+) -> tuple[list[list[int]], dict[str, int]]:
+    """Prompts → token lists; over-long ones are left out and counted."""
+    encoded = [template.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    kept = [ids for ids in encoded if 0 < len(ids) <= max_length]
+    if not kept:
+        raise DataError(f"no prompt has between 1 and {max_length} tokens, which leave room for sample.max_new_tokens")
+    return kept, {"too_long": sum(len(ids) > max_length for ids in encoded), "empty": sum(not ids for ids in encoded)}

@@ -1,0 +1,171 @@
+"""One PPO iteration: a rollout in, a better policy out (Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022).
+
+Read `ppo_iteration` from top to bottom: rewards, advantages, epochs × minibatches × microbatches, losses, step. Each loss
+is a sum over real tokens divided once, by the count of the optimizer step, so that microbatches change nothing.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minirlhf import dist
+from minirlhf.advantage import explained_variance, gae
+from minirlhf.config import PPOSection
+from minirlhf.errors import NonFiniteError
+from minirlhf.heads import ValueModel
+from minirlhf.loss import is_clipped, policy_loss, value_loss
+from minirlhf.masked import masked_mean, masked_sum, whiten
+from minirlhf.model import CausalLM
+from minirlhf.ops import kl_estimate
+from minirlhf.optim import clip_grad_norm
+from minirlhf.reward import shape_rewards
+from minirlhf.rng import generator
+from minirlhf.rollout import Rollout, policy_logprobs, state_values
+
+Plan = list[list[Tensor]]  # one epoch: minibatches, each cut into microbatches of row indices
+
+
+def ppo_iteration(
+    policy: CausalLM,
+    value_model: ValueModel,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    scores: Tensor,  # (B,) as they enter the rewards, see `score_answers`
+    plans: Sequence[Plan],  # one per epoch
+    options: PPOSection,
+    *,
+    kl_coef: float,  # β of this iteration
+    temperature: float,  # τ of the sampler
+    max_grad_norm: float,
+) -> dict[str, float]:
+    """Improve policy and value model on one rollout; returns the metrics of the iteration."""
+    o, mask = options, rollout.response_mask
+    rewards = shape_rewards(
+        scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef=kl_coef, kl=o.kl, score_at=o.score_at
+    )  # (B, R)
+    used = whiten(rewards, mask, center=False) if o.whiten_rewards else rewards
+    advantages, returns = gae(used, rollout.values, mask, gamma=o.gamma, lam=o.gae_lambda)  # (B, R) each
+    if o.whiten_advantages:
+        advantages = whiten(advantages, mask)
+
+    epochs: list[TokenSums] = []
+    for minibatches in plans:
+        epochs.append(TokenSums())
+        for microbatches in minibatches:
+            n = dist.all_sum(mask[torch.cat(microbatches)].sum())  # real tokens of this optimizer step
+            for index in microbatches:
+                part = rollout.rows(index)
+                m, R = part.response_mask, part.responses.shape[1]
+                A, old = advantages[index, :R], part.old_logprobs
+                logprobs, entropy = policy_logprobs(policy, part, temperature=temperature, entropy=o.entropy_coef > 0)
+                values = state_values(value_model, part)
+                pg = policy_loss(logprobs, old, A, clip_range=o.clip_range)  # (b, R)
+                vf = value_loss(values, part.values, returns[index, :R], clip_range=o.value_clip_range or None)
+                loss = pg + o.value_coef * vf
+                if entropy is not None:
+                    loss = loss - o.entropy_coef * entropy
+                (masked_sum(loss, m) / n).backward()
+                epochs[-1].add(
+                    m, policy=pg, value=vf, ratio=(logprobs - old).exp(), kl=kl_estimate(old, logprobs, "k3"),
+                    clipped=is_clipped(logprobs, old, A, clip_range=o.clip_range),
+                )  # fmt: skip
+            optimizer_step(optimizer, (policy, value_model), max_grad_norm)
+        if o.stop_kl and epochs[-1].mean("kl") > o.stop_kl:
+            break
+
+    return {
+        **{metric: mean_of(epochs, name) for metric, name in UPDATE_METRICS.items()},
+        "policy/epochs": len(epochs),
+        "value/explained_var": float(explained_variance(rollout.values, returns, mask)),
+        "objective/rlhf_reward": float(masked_sum(rewards, mask)) / len(rollout),
+    }
+
+
+UPDATE_METRICS = {
+    "loss/policy_avg": "policy",
+    "loss/value_avg": "value",
+    "policy/approxkl_avg": "kl",
+    "policy/clipfrac_avg": "clipped",
+    "val/ratio": "ratio",
+}
+
+
+class TokenSums:
+    """Sums over real tokens of per-token statistics, and their count; no host sync until a mean is asked for."""
+
+    def __init__(self) -> None:
+        self.count: Tensor | int = 0
+        self.sums: dict[str, Tensor | int] = {}
+
+    def add(self, mask: Tensor, **stats: Tensor) -> None:  # (b, R) each
+        """Add the True entries."""
+        self.count = self.count + mask.sum()
+        for name, x in stats.items():
+            self.sums[name] = self.sums.get(name, 0) + masked_sum(x.detach(), mask)
+
+    def mean(self, name: str) -> float:
+        """Per token."""
+        return mean_of([self], name)
+
+
+def mean_of(parts: Sequence[TokenSums], name: str) -> float:
+    """Sum over everything divided by the count of everything, over all ranks."""
+    total = torch.stack([torch.as_tensor(p.sums[name], dtype=torch.float64) for p in parts]).sum()
+    return float(dist.all_sum(total) / dist.all_sum(torch.as_tensor(sum(p.count for p in parts))))
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, models: Sequence[nn.Module], max_grad_norm: float) -> None:
+    """Clip each model's gradient by itself, so that the value loss cannot shrink the policy's step; then step."""
+    for model in models:
+        trained = [p for p in model.parameters() if p.grad is not None]
+        if trained and not torch.isfinite(clip_grad_norm(trained, max_grad_norm)):
+            raise NonFiniteError(f"gradient of the {type(model).__name__} is NaN or infinite; lower optim.lr")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def epoch_plans(lengths: Tensor, options: PPOSection, seed: int, iteration: int) -> list[Plan]:  # lengths (B,)
+    """A permutation per epoch, cut into minibatches, each cut into microbatches of similar length."""
+    plans = []
+    for epoch in range(options.epochs):
+        order = torch.randperm(len(lengths), generator=generator(seed, "minibatches", iteration, epoch))
+        minibatches = [m[lengths[m].argsort(stable=True)] for m in order.split(options.minibatch_size)]
+        plans.append([list(m.split(options.microbatch_size)) for m in minibatches])
+    return plans
+
+
+def score_answers(
+    scores: Tensor,  # (B,) as the reward model gave them
+    has_eos: Tensor,  # (B,) bool
+    options: PPOSection,
+    shift: float,  # μ₀
+    scale: float,  # σ₀
+) -> Tensor:  # (B,)
+    """(score - μ₀)/σ₀, cut to ± score_clip, then the missing-EOS penalty (OpenAI 2019 replaces, TRL subtracts)."""
+    x = (scores - shift) / scale
+    if options.score_clip:
+        x = x.clamp(-options.score_clip, options.score_clip)
+    if options.missing_eos == "replace":
+        x = torch.where(has_eos, x, -options.missing_eos_penalty)
+    elif options.missing_eos == "subtract":
+        x = torch.where(has_eos, x, x - options.missing_eos_penalty)
+    return x
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """What the rollout alone says, before any update; per episode unless the name says per token."""
+    mask, lengths = rollout.response_mask, rollout.lengths.double()
+    old, ref = rollout.old_logprobs.double(), rollout.ref_logprobs.double()
+    mismatch = torch.where(mask, (old - rollout.sampler_logprobs).abs(), 0.0)
+    return {
+        "objective/kl": float(masked_sum(kl_estimate(old, ref, "k1"), mask)) / len(rollout),
+        "objective/entropy": -float(masked_sum(old, mask)) / len(rollout),
+        "objective/scores": float(rollout.scores.double().mean()),
+        "objective/scores_std": float(rollout.scores.double().std(correction=0)),
+        "response/length_mean": float(lengths.mean()),
+        "response/empty_frac": float((rollout.has_eos & (lengths == 1)).double().mean()),
+        "response/eos_frac": float(rollout.has_eos.double().mean()),
+        "sampler/mismatch_max": float(mismatch.max()),
+        "sampler/mismatch_mean": float(masked_mean(mismatch, mask)),
+    }

@@ -1,0 +1,143 @@
+"""A rollout: prompts, the policy's answers, and what every role says about each token.
+
+Index t of each (B, R) tensor is the answer token a_t. The models speak of positions of the whole sequence; the one place
+where positions become answer tokens is `response_positions`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.generate import generate
+from minirlhf.heads import RewardModel, ValueModel
+from minirlhf.model import CausalLM
+from minirlhf.ops import head_stats
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B episodes; prompts left-padded, responses right-padded."""
+
+    prompts: Tensor  # (B, P) int64
+    prompt_mask: Tensor  # (B, P) bool
+    responses: Tensor  # (B, R) int64
+    response_mask: Tensor  # (B, R) bool, True up to and including EOS
+    sampler_logprobs: Tensor  # (B, R) from the sampler, to be held against old_logprobs
+    old_logprobs: Tensor  # (B, R) log π_old(a_t), from the training forward
+    ref_logprobs: Tensor  # (B, R) log π_ref(a_t)
+    values: Tensor  # (B, R) V(s_t), before a_t
+    scores: Tensor  # (B,) of the reward model or reward function, as it gave them
+    has_eos: Tensor  # (B,) bool, False: cut by max_new_tokens
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def input_ids(self) -> Tensor:  # (B, T)
+        """Prompt and response."""
+        return torch.cat([self.prompts, self.responses], 1)
+
+    @property
+    def attention_mask(self) -> Tensor:  # (B, T)
+        """True at real tokens of both."""
+        return torch.cat([self.prompt_mask, self.response_mask], 1)
+
+    @property
+    def lengths(self) -> Tensor:  # (B,)
+        """Real tokens of the responses."""
+        return self.response_mask.sum(1)
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """These episodes, with the columns that are padding in all of them cut off."""
+        first = self.prompts.shape[1] - int(self.prompt_mask[index].sum(1).max())
+        R = int(self.response_mask[index].sum(1).max())
+        cut = {f.name: getattr(self, f.name)[index] for f in fields(self)}
+        for name, x in cut.items():
+            if x.ndim == 2:
+                cut[name] = x[:, first:] if name in ("prompts", "prompt_mask") else x[:, :R]
+        return replace(self, **cut)
+
+
+def response_positions(x: Tensor, R: int) -> Tensor:  # (B, T, ...) → (B, R, ...)
+    """Position p of a sequence speaks of token p + 1: the R positions from the last prompt token to the last but one."""
+    return x[:, -R - 1 : -1]
+
+
+def policy_logprobs(
+    model: CausalLM,
+    rollout: Rollout,
+    *,
+    temperature: float,  # τ, the same as in sampling
+    entropy: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:  # (B, R) log π(a_t), 0 at padding; (B, R) entropy or None
+    """The one function behind old, new and reference log-probs."""
+    R = rollout.responses.shape[1]
+    hidden = response_positions(model.hidden(rollout.input_ids, rollout.attention_mask), R)  # (B, R, C)
+    targets = torch.where(rollout.response_mask, rollout.responses, -100)  # (B, R)
+    want = ("logprobs", "entropy") if entropy else ("logprobs",)
+    stats = head_stats(
+        hidden.flatten(0, 1), model.head.weight, targets.flatten(), temperature=temperature, want=want, impl=impl
+    )
+    logprobs = stats.logprobs.view_as(targets)
+    return logprobs, stats.entropy.view_as(targets) if entropy else None
+
+
+def state_values(model: ValueModel, rollout: Rollout) -> Tensor:  # (B, R) V(s_t), before a_t; 0 at padding
+    """The value model at the positions from which the answer's tokens are drawn."""
+    values = response_positions(model(rollout.input_ids, rollout.attention_mask), rollout.responses.shape[1])
+    return torch.where(rollout.response_mask, values, 0.0)
+
+
+class Roles(NamedTuple):
+    """The four models of PPO; the reward model is whatever scores a rollout's answers."""
+
+    policy: CausalLM
+    ref_policy: CausalLM
+    value_model: ValueModel
+    score: Callable[[Rollout], Tensor]  # → (B,)
+
+
+def reward_model_score(model: RewardModel) -> Callable[[Rollout], Tensor]:
+    """Scores of whole sequences, read at their last real token."""
+    return lambda rollout: model(rollout.input_ids, rollout.attention_mask)
+
+
+def collect(
+    roles: Roles,
+    prompts: Tensor,  # (B, P) left-padded
+    prompt_mask: Tensor,  # (B, P)
+    *,
+    eos_token_id: int,
+    partition: Callable[[Tensor], Sequence[Tensor]],  # response lengths (B,) → rows of each forward
+    **sampling: Any,  # as `generate` takes it
+) -> Rollout:
+    """Let the policy answer, then ask every role about the answers.
+
+    `partition` gives the microbatches of the first epoch: old log-probs come from the very forwards that the update
+    repeats, and its first ratio is 1 in every bit.
+    """
+    made = generate(roles.policy, prompts, prompt_mask, eos_token_id=eos_token_id, **sampling)
+    has_eos = ((made.tokens == eos_token_id) & made.mask).any(1)  # (B,)
+    blank = torch.zeros_like(made.logprobs)  # (B, R)
+    rollout = Rollout(
+        prompts, prompt_mask, made.tokens, made.mask, made.logprobs, blank, blank, blank, blank[:, 0], has_eos
+    )
+    return judge(rollout, partition(rollout.lengths), roles, temperature=sampling["temperature"])
+
+
+@torch.no_grad()
+def judge(rollout: Rollout, parts: Sequence[Tensor], roles: Roles, *, temperature: float) -> Rollout:
+    """Every role's opinion of every part: old and reference log-probs, values, scores."""
+    out = {name: getattr(rollout, name).clone() for name in ("old_logprobs", "ref_logprobs", "values", "scores")}
+    for index in parts:
+        part = rollout.rows(index)
+        R = part.responses.shape[1]
+        out["old_logprobs"][index, :R] = policy_logprobs(roles.policy, part, temperature=temperature)[0]
+        out["ref_logprobs"][index, :R] = policy_logprobs(roles.ref_policy, part, temperature=temperature)[0]
+        out["values"][index, :R] = state_values(roles.value_model, part)
+        out["scores"][index] = roles.score(part).to(out["scores"])
+    return replace(rollout, **out)

@@ -1,0 +1,250 @@
+"""The frame of a run, shared by the three scripts: folder, lock, resume, signals, log, checkpoints, exit codes.
+
+A run folder belongs to one configuration. A default folder that holds an earlier run is renamed aside; a folder named by
+the user is never touched unless it is empty or resumed. Nothing is overwritten.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import safetensors
+import tokenizers
+import torch
+
+from minirlhf import checkpoint, dist
+from minirlhf.config import help_text, load_config, to_dict
+from minirlhf.errors import NonFiniteError, UsageError, UserError
+from minirlhf.log import Progress, append_line, cut_after, read_lines
+
+MAY_DIFFER = ("dir", "engine", "keep", "save_every", "log_every", "resume", "debug")  # between a start and its resume
+Snapshot = Callable[[], tuple[checkpoint.Tensors, dict[str, Any]]]
+
+
+class Run:
+    """One run of one script in its folder."""
+
+    def __init__(self, config: Any, name: str):
+        self.config, self.name = config, name
+        self.signal = 0  # exit code asked for by a signal, 0: none
+        self.training = False
+        self.folder = Path(config.run.dir or f"runs/{name}")
+        self.progress = Progress(name, config.run.steps)
+        self._lock: Any = None
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+            signal.signal(number, lambda *_, code=code: self._on_signal(code))
+        self._claim()
+
+    # ---- folder ----
+
+    def _claim(self) -> None:
+        """Make the folder ours, or raise UsageError with the reason."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if self._used() and not self.config.run.resume and not self.config.run.dir and not self._unfinished():
+                self._set_aside()
+            self._refuse_foreign()
+        except OSError as e:
+            raise UsageError(f"run.dir {self.folder}: {e.strerror or e}; choose a folder that can be written") from e
+        write_json(self.folder / "config.json", to_dict(self.config))
+        write_json(self.folder / "environment.json", environment())
+
+    def _take_lock(self) -> None:
+        """An advisory lock that the kernel frees whatever happens to this process."""
+        self._lock = (self.folder / ".lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"run.dir {self.folder}: another process is running here") from None
+
+    def _used(self) -> bool:
+        return any((self.folder / part).exists() for part in ("metrics.jsonl", "checkpoints", "final"))
+
+    def _unfinished(self) -> bool:
+        return not self.finished and any((self.folder / "checkpoints").glob("step_*"))
+
+    @property
+    def finished(self) -> bool:
+        """`final/` gets its name by rename, last."""
+        return (self.folder / "final").exists()
+
+    def _set_aside(self) -> None:
+        n = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}.{n}")).exists():
+            n += 1
+        self.folder.rename(aside)
+        print(f"{self.folder} held an earlier run; it is now {aside}", file=sys.stderr)  # noqa: T201
+        self.folder.mkdir(parents=True)
+        self._take_lock()
+
+    def _refuse_foreign(self) -> None:
+        stored = self.folder / "config.json"
+        if not self._used():
+            foreign = {p.name for p in self.folder.iterdir()} - {
+                ".lock",
+                "config.json",
+                "environment.json",
+                "dropped.jsonl",
+            }
+            if foreign:
+                raise UsageError(
+                    f"run.dir {self.folder} holds {sorted(foreign)[0]}, which is no run; choose an empty folder"
+                )
+            return
+        if not self.config.run.resume:
+            state, remedy = (
+                ("a finished", "choose another") if self.finished else ("an unfinished", "add --run.resume true")
+            )
+            raise UsageError(f"run.dir {self.folder} holds {state} run; {remedy}")
+        try:
+            old, new = json.loads(stored.read_text()), json.loads(json.dumps(to_dict(self.config)))
+            flat = [{f"{s}.{k}": v for s, keys in c.items() for k, v in keys.items()} for c in (old, new)]
+        except (OSError, ValueError, AttributeError) as e:
+            raise UsageError(f"{stored}: unreadable ({e}); this run cannot be resumed") from e
+        allowed = {f"run.{key}" for key in MAY_DIFFER}
+        for key in sorted(flat[0].keys() | flat[1].keys()):
+            if key not in allowed and flat[0].get(key) != flat[1].get(key):
+                was, now = flat[0].get(key), flat[1].get(key)
+                raise UsageError(
+                    f"run.resume: {key} was {was!r} in {self.folder} and is {now!r} now; they must be equal"
+                )
+
+    # ---- steps ----
+
+    def restore(self) -> tuple[int, checkpoint.Tensors, dict[str, Any]] | None:
+        """The newest checkpoint that verifies, with the logs cut back to it; None: start from the beginning."""
+        found = checkpoint.load_newest(self.folder / "checkpoints") if self.config.run.resume else None
+        step = found[0] if found else 0
+        for log in ("metrics.jsonl", "samples.jsonl"):
+            cut_after(self.folder / log, step)
+        self.progress.start = step
+        return found
+
+    def steps(self, start: int, snapshot: Snapshot) -> Iterator[int]:
+        """Steps start + 1 … run.steps; after each, a checkpoint when one is due, and the end when a signal came."""
+        self.training = True
+        run = self.config.run
+        for step in range(start + 1, run.steps + 1):
+            yield step
+            due = step == run.steps or (run.save_every and step % run.save_every == 0)
+            if due or self.signal:
+                checkpoint.save(self.folder / "checkpoints", step, *snapshot(), keep=run.keep)
+            if self.signal:
+                raise SystemExit(self.signal)
+        self.training = False
+
+    def log(self, step: int, metrics: dict[str, Any], words: Sequence[str]) -> None:
+        """A line of metrics.jsonl when it is due, and the terminal's line always."""
+        run = self.config.run
+        due = step == 1 or step % run.log_every == 0 or step == run.steps
+        if due and dist.rank() == 0:
+            finite = {
+                k: None if isinstance(v, float) and v - v != 0 else v for k, v in metrics.items()
+            }  # inf, NaN: null
+            append_line(self.folder / "metrics.jsonl", {"step": step, **finite})
+        self.progress.show(step, metrics, tuple(words), keep=due)
+
+    def sample(self, step: int, **record: Any) -> None:
+        """A line of samples.jsonl."""
+        if dist.rank() == 0:
+            append_line(self.folder / "samples.jsonl", {"step": step, **record})
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What has been logged."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def finish(self, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill a temporary folder, which then becomes final/."""
+        temporary, final = self.folder / ".tmp_final", self.folder / "final"
+        shutil.rmtree(temporary, ignore_errors=True)
+        write(temporary)
+        for path in [*temporary.iterdir(), temporary]:
+            checkpoint.fsync(path)
+        temporary.rename(final)
+        checkpoint.fsync(self.folder)
+        return final
+
+    def _on_signal(self, code: int) -> None:
+        if self.signal or not self.training:  # the second one, or nothing to save yet
+            os._exit(code)
+        self.signal = code
+
+
+def run_script(
+    main: Callable[[Any, Run], None], config_class: type, name: str, argv: Sequence[str] | None = None
+) -> int:
+    """Parse, prepare, run; a user's mistake is one line on stderr and its exit code, never a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(config_class, f"train_{name}.py"))  # noqa: T201
+        return 0
+    config: Any = None
+    try:
+        config = load_config(config_class, argv)
+        prepare_torch(config.run)
+        run = Run(config, name)
+        if run.finished:
+            print(f"{run.folder} is finished; nothing to resume")  # noqa: T201
+            return 0
+        main(config, run)
+        return 0
+    except (UserError, NonFiniteError) as e:
+        return complain(e, e.exit_code, config)
+    except OSError as e:
+        return complain(e, 4, config)
+    except torch.OutOfMemoryError as e:
+        return complain(f"out of memory: lower {name}.microbatch_size or sample.max_new_tokens ({e})", 4, config)
+
+
+def complain(error: object, code: int, config: Any) -> int:
+    """One line on stderr; the traceback only when asked for."""
+    if config is not None and config.run.debug:
+        traceback.print_exc()
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)  # noqa: T201
+    return code
+
+
+def prepare_torch(run: Any) -> None:
+    """Device, threads and exactness, before any tensor is made."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several ranks are not supported yet; start the script without torchrun")
+    if run.engine != "none":
+        raise UsageError(f"run.engine {run.engine} is not supported yet; use none")
+    if run.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"run.device {run.device}: no CUDA device is available; use --run.device cpu")
+    try:
+        torch.device(run.device)
+    except RuntimeError as e:
+        raise UsageError(f"run.device {run.device!r} is no device; use cpu, cuda or cuda:N") from e
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    torch.set_float32_matmul_precision("highest")
+
+
+def environment() -> dict[str, Any]:
+    """What equal numbers depend on besides the configuration."""
+    modules = (torch, numpy, tokenizers, safetensors)
+    return {
+        "python": platform.python_version(),
+        **{m.__name__: m.__version__ for m in modules},
+        "threads": torch.get_num_threads(),
+        "ranks": dist.world_size(),
+        "machine": platform.machine(),
+    }
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Complete or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+    os.replace(temporary, path)

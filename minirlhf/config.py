@@ -82,7 +82,7 @@ class DataSection:
 
     path: str = key("", "data file (JSON lines, JSON, TSV, text, .gz); empty: the built-in task")
     format: str = key("auto", "a format of `minirlhf.formats`")
-    template: str = key("plain", "prompt template")
+    template: str = key("", "prompt template; empty: the model's own, plain for a new one")
     max_length: int = key(0, "tokens of prompt and answer together; 0: max_seq_len", low=0)
     on_bad_row: str = key("error", "what a bad row does", choices=("error", "drop"))
     holdout: int = key(0, "last records of the file, kept out of training for validation", low=0)
@@ -177,7 +177,11 @@ class PPOSection:
     missing_eos_penalty: float = key(1.0, "score becomes minus this, or loses this", low=0.0)
     whiten_rewards: bool = key(False, "scale rewards to unit variance, mean kept")
     whiten_advantages: bool = key(True, "advantages to mean 0, variance 1 over the rollout")
-    value_init: str = key("reward_trunk", "value model starts as", choices=("reward_trunk", "reward_model", "policy"))
+    value_init: str = key(
+        "auto",
+        "value model starts as the trunk (zero head) of the reward model, with reward.fn of the policy; or as all of it",
+        choices=("auto", "reward_trunk", "reward_model", "policy"),
+    )
 
 
 @dataclass(frozen=True)
@@ -256,8 +260,8 @@ class PPOConfig:
         _check_common(self)
         if self.reward.path and self.reward.fn:
             raise UsageError("reward.path and reward.fn are both given; keep one of them")
-        if self.reward.fn and self.ppo.value_init == "reward_model":
-            raise UsageError("ppo.value_init reward_model: reward.fn has no model to start from; use policy")
+        if self.reward.fn and self.ppo.value_init.startswith("reward"):
+            raise UsageError(f"ppo.value_init {self.ppo.value_init}: reward.fn has no model to start from; use policy")
         if not self.model.path:
             raise UsageError("model.path is empty: PPO starts from a trained policy; give its folder")
 

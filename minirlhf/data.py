@@ -61,6 +61,19 @@ def pad(rows: Sequence[Sequence[Any]], value: Any, *, left: bool = False, device
     return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in zip(rows, fill, strict=True)], device=device)
 
 
+def left_padded(
+    rows: Sequence[Sequence[int]], pad_id: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:  # (B, P) int64, (B, P) bool
+    """Prompts, ready for sampling."""
+    ids = pad(rows, pad_id, left=True, device=device)
+    return ids, pad([[True] * len(row) for row in rows], False, left=True, device=device)
+
+
+def decode(ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> list[str]:  # (B, T), (B, T)
+    """The text of the real tokens of every row, special tokens left out."""
+    return [tokenizer.decode(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
+
+
 def collate(examples: Sequence[Example], pad_id: int, device: str = "cpu") -> Batch:
     """Right-padded rows of SFT."""
     real = pad([[True] * len(e.ids) for e in examples], False, device=device)

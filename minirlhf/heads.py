@@ -58,11 +58,18 @@ class ValueModel(ScalarModel):
     """V(s_t) at every token (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
 
     @classmethod
+    def from_trunk(cls, trunk: Trunk) -> Self:
+        """A copy of a trunk under a zero head: all first values are 0."""
+        value = cls(copy.deepcopy(trunk), rng=torch.Generator())
+        nn.init.zeros_(value.score.weight)
+        return value
+
+    @classmethod
     def from_reward_model(cls, model: RewardModel, *, zero_head: bool = False) -> Self:
         """A copy of a reward model, read at every token; a zero head makes all first values 0."""
-        value = cls(copy.deepcopy(model.trunk), rng=torch.Generator())
-        with torch.no_grad():
-            value.score.weight.copy_(torch.zeros_like(model.score.weight) if zero_head else model.score.weight)
+        value = cls.from_trunk(model.trunk)
+        if not zero_head:
+            value.score.load_state_dict(model.score.state_dict())
         return value
 
     def forward(

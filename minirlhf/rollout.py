@@ -11,10 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minirlhf.data import decode
 from minirlhf.generate import generate
 from minirlhf.heads import RewardModel, ValueModel
 from minirlhf.model import CausalLM
-from minirlhf.ops import head_stats
+from minirlhf.ops import HeadStats, head_stats
+from minirlhf.tokenizer import Tokenizer
+
+
+IGNORE = -100  # a target that is not asked for
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Rollout:
         """Real tokens of the responses."""
         return self.response_mask.sum(1)
 
+    def texts(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+        """Prompts and responses."""
+        prompts = decode(self.prompts, self.prompt_mask, tokenizer)
+        return prompts, decode(self.responses, self.response_mask, tokenizer)
+
     def rows(self, index: Tensor) -> "Rollout":
         """These episodes, with the columns that are padding in all of them cut off."""
         first = self.prompts.shape[1] - int(self.prompt_mask[index].sum(1).max())
@@ -66,6 +76,23 @@ def response_positions(x: Tensor, R: int) -> Tensor:  # (B, T, ...) → (B, R, .
     return x[:, -R - 1 : -1]
 
 
+def target_stats(
+    model: CausalLM,
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor,  # (B, T)
+    targets: Tensor,  # (B, R) the last R tokens; IGNORE gives 0
+    *,
+    temperature: float = 1.0,
+    want: tuple[str, ...] = ("logprobs",),
+    impl: str = "auto",
+) -> HeadStats:  # (B·R,) each
+    """What the model says about given tokens. Everything that needs a log-prob comes through here."""
+    hidden = response_positions(model.hidden(input_ids, attention_mask), targets.shape[1])  # (B, R, C)
+    return head_stats(
+        hidden.flatten(0, 1), model.head.weight, targets.flatten(), temperature=temperature, want=want, impl=impl
+    )
+
+
 def policy_logprobs(
     model: CausalLM,
     rollout: Rollout,
@@ -75,12 +102,10 @@ def policy_logprobs(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # (B, R) log π(a_t), 0 at padding; (B, R) entropy or None
     """The one function behind old, new and reference log-probs."""
-    R = rollout.responses.shape[1]
-    hidden = response_positions(model.hidden(rollout.input_ids, rollout.attention_mask), R)  # (B, R, C)
-    targets = torch.where(rollout.response_mask, rollout.responses, -100)  # (B, R)
+    targets = torch.where(rollout.response_mask, rollout.responses, IGNORE)  # (B, R)
     want = ("logprobs", "entropy") if entropy else ("logprobs",)
-    stats = head_stats(
-        hidden.flatten(0, 1), model.head.weight, targets.flatten(), temperature=temperature, want=want, impl=impl
+    stats = target_stats(
+        model, rollout.input_ids, rollout.attention_mask, targets, temperature=temperature, want=want, impl=impl
     )
     logprobs = stats.logprobs.view_as(targets)
     return logprobs, stats.entropy.view_as(targets) if entropy else None

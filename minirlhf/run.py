@@ -25,6 +25,7 @@ from minirlhf import checkpoint, dist
 from minirlhf.config import help_text, load_config, to_dict
 from minirlhf.errors import NonFiniteError, UsageError, UserError
 from minirlhf.log import Progress, append_line, cut_after, read_lines
+from minirlhf.rng import derive_seed
 
 MAY_DIFFER = ("dir", "engine", "keep", "save_every", "log_every", "resume", "debug")  # between a start and its resume
 Snapshot = Callable[[], tuple[checkpoint.Tensors, dict[str, Any]]]
@@ -126,7 +127,7 @@ class Run:
         found = checkpoint.load_newest(self.folder / "checkpoints") if self.config.run.resume else None
         step = found[0] if found else 0
         for log in ("metrics.jsonl", "samples.jsonl"):
-            cut_after(self.folder / log, step)
+            cut_after(self.folder / log, step if found else -1)
         self.progress.start = step
         return found
 
@@ -135,6 +136,7 @@ class Run:
         self.training = True
         run = self.config.run
         for step in range(start + 1, run.steps + 1):
+            torch.manual_seed(derive_seed(run.seed, "dropout", step, dist.rank()))  # dropout alone draws from torch's own
             yield step
             due = step == run.steps or (run.save_every and step % run.save_every == 0)
             if due or self.signal:
@@ -159,6 +161,11 @@ class Run:
         if dist.rank() == 0:
             append_line(self.folder / "samples.jsonl", {"step": step, **record})
 
+    def say(self, text: str) -> None:
+        """A line on the terminal, below the live one."""
+        if dist.rank() == 0:
+            print(text)  # noqa: T201
+
     def metrics(self) -> list[dict[str, Any]]:
         """What has been logged."""
         return read_lines(self.folder / "metrics.jsonl")
@@ -168,7 +175,7 @@ class Run:
         temporary, final = self.folder / ".tmp_final", self.folder / "final"
         shutil.rmtree(temporary, ignore_errors=True)
         write(temporary)
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             checkpoint.fsync(path)
         temporary.rename(final)
         checkpoint.fsync(self.folder)

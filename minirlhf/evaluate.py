@@ -1,0 +1,230 @@
+"""How good is it? Losses, accuracies with their intervals, the probe of a reward model, the gold of a policy's answers.
+
+Nothing here is seen by training. Gold exists in the built-in task alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirlhf.data import Example, RankedList, collate, left_padded, pad
+from minirlhf.heads import RewardModel
+from minirlhf.model import CausalLM
+from minirlhf.ops import head_stats
+from minirlhf.rng import generator
+from minirlhf.rollout import IGNORE, Roles, Rollout, collect, response_positions, target_stats
+from minirlhf.run import Run, write_json
+from minirlhf.templates import Template
+from minirlhf.tokenizer import Tokenizer
+
+TextScore = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses → scores
+Gold = Callable[[Sequence[str], Sequence[str], Sequence[bool]], list[float]]  # prompts, responses, EOS seen → gold
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+
+
+# ---- language model -------------------------------------------------------------------------------------------------
+
+
+def sft_targets(input_ids: Tensor, trained: Tensor) -> Tensor:  # (B, T), (B, T) → (B, T - 1)
+    """The labels of positions 0 … T - 2."""
+    return torch.where(trained, input_ids, IGNORE)[:, 1:]
+
+
+@torch.no_grad()
+def sft_loss(model: CausalLM, examples: Sequence[Example], size: int, device: str = "cpu") -> float:
+    """Nats per trained token."""
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    ordered = sorted(examples, key=lambda e: len(e.ids))
+    for i in range(0, len(ordered), size):
+        batch = collate(ordered[i : i + size], 0, device)
+        targets = sft_targets(batch.input_ids, batch.trained)
+        total -= float(target_stats(model, batch.input_ids, batch.attention_mask, targets).logprobs.double().sum())
+        count += int((targets != IGNORE).sum())
+    model.train(training)
+    return total / count
+
+
+# ---- reward model ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score_sequences(model: RewardModel, sequences: Sequence[Sequence[int]], size: int, device: str = "cpu") -> Tensor:
+    """One score per token list, in its order; lists of similar length share a forward."""  # (N,)
+    training = model.training
+    model.eval()
+    scores = torch.empty(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for i in range(0, len(order), size):
+        rows = order[i : i + size]
+        ids = pad([sequences[r] for r in rows], 0, device=device)
+        real = pad([[True] * len(sequences[r]) for r in rows], False, device=device)
+        scores[rows] = model(ids, real).float().cpu()
+    model.train(training)
+    return scores
+
+
+def score_texts(
+    model: RewardModel,
+    tokenizer: Tokenizer,
+    template: Template,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    device: str = "cpu",
+) -> list[float]:
+    """One score per answer."""
+    sequences = [
+        template.prompt_ids(tokenizer, p) + template.response_ids(tokenizer, r)
+        for p, r in zip(prompts, responses, strict=True)
+    ]
+    longest = model.config.max_seq_len
+    return score_sequences(model, [s[:longest] for s in sequences], 64, device).tolist()
+
+
+def ranking_accuracy(model: RewardModel, lists: Sequence[RankedList], size: int, device: str = "cpu") -> dict[str, Any]:
+    """How often the order of scores is the order of ranks; equal scores count as wrong."""
+    flat = score_sequences(model, [s for one in lists for s in one.sequences], size, device).tolist()
+    pairs = right = ends = ends_right = exact = whole = 0
+    for one in lists:
+        scores, flat = flat[: len(one.ranks)], flat[len(one.ranks) :]
+        ranked = [(r, s) for r, s in zip(one.ranks, scores, strict=True) if r > 0]
+        correct = [a > b for i, a in ranked for j, b in ranked if i < j]
+        pairs, right = pairs + len(correct), right + sum(correct)
+        if correct:
+            best, worst = min(ranked)[0], max(ranked)[0]
+            outer = [a > b for i, a in ranked if i == best for j, b in ranked if j == worst]
+            ends, ends_right = ends + len(outer), ends_right + sum(outer)
+            whole, exact = whole + 1, exact + all(correct)
+    low, high = wilson(right, pairs)
+    return {
+        "accuracy": right / max(1, pairs),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "best_worst_accuracy": ends_right / max(1, ends),
+        "exact_order": exact / max(1, whole),
+        "pairs": pairs,
+    }
+
+
+def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """95 % interval of a share k of n (Wilson 1927): (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
+    if n == 0:
+        return 0.0, 1.0
+    p = k / n
+    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
+
+def probe(
+    score: TextScore,
+    prompts: Sequence[str],
+    answers: Sequence[str],  # ordinary ones, one to each prompt
+    seed: int,
+) -> list[dict[str, Any]]:
+    """What a reward model says of degenerate answers, against the median of ordinary ones: above it is red.
+
+    Another prompt's answer is only amber: small models often do not learn relevance.
+    """
+    n = len(prompts)
+    rng = generator(seed, "probe")
+    words = " ".join(answers).split()
+    mixed = [" ".join(words[i] for i in torch.randint(len(words), (8,), generator=rng).tolist()) for _ in range(n)]
+    short = min((a for a in answers if a), key=len, default="")
+    longest = max(answers, key=len)
+    stop = "。" if "。" in longest else "."
+    joint = " " if " " in longest else ""
+    others = [next((a for p, a in zip(prompts, answers, strict=True) if p != prompt), None) for prompt in prompts]
+    degenerate: dict[str, list[str | None]] = {
+        "empty": [""] * n,
+        "one full stop": [stop] * n,
+        "one word": [(a.split() or [a])[0][: max(1, len(a) // 2)] for a in answers],
+        "one answer five times": [joint.join([short] * 5)] * n,
+        "echo of the prompt": list(prompts),
+        "another prompt's answer": list(others),
+        "random words": list(mixed),
+        "cut in half": [a[: len(a) // 2].rstrip() for a in answers],
+        "very long": [joint.join([longest] * 4)] * n,
+    }
+    ordinary = sorted(score(prompts, answers))
+    median = ordinary[n // 2]
+    table = [{"name": "ordinary answers (median)", "example": answers[0], "score": median, "share_below": 0.5,
+              "verdict": "reference"}]  # fmt: skip
+    for name, texts in degenerate.items():
+        rows = [(p, t) for p, t in zip(prompts, texts, strict=True) if t is not None and (t or name == "empty")]
+        if not rows:
+            continue
+        scores = score([p for p, _ in rows], [t for _, t in rows])
+        mean = sum(scores) / len(scores)
+        verdict = "green" if mean <= median else "amber" if name == "another prompt's answer" else "red"
+        below = sum(s < mean for s in ordinary) / n
+        table.append({"name": name, "example": rows[0][1], "score": mean, "share_below": below, "verdict": verdict})
+    return table
+
+
+def write_probe(run: Run, score: TextScore, prompts: Sequence[str], answers: Sequence[str], n: int = 64) -> None:
+    """The probe on n of these, as probe.json in the run's folder; a red line is also said aloud."""
+    table = probe(score, prompts[:n], answers[:n], run.config.run.seed)
+    write_json(run.folder / "probe.json", {"probe": table})
+    for row in table:
+        if row["verdict"] == "red":
+            run.say(f"probe: the reward model prefers {row['name']} ({row['score']:.2f}) to an ordinary answer "
+                    f"({table[0]['score']:.2f}); see the report")  # fmt: skip
+
+
+# ---- policy ---------------------------------------------------------------------------------------------------------
+
+
+def examine(
+    roles: Roles,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    sampling: dict[str, Any],  # as `generate` takes it
+    gold: Gold | None,
+    *,
+    seed: int,
+    size: int = 256,  # answers of one forward
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """One answer of the policy to each prompt: texts, score, exact KL to the reference in nats, length, gold if known."""
+    records = []
+    for first in range(0, len(prompts), size):
+        part = prompts[first : first + size]
+        ids, mask = left_padded(part, sampling["pad_token_id"], device)
+        rngs = [generator(seed, "examine", 0, first + i) for i in range(len(part))]
+        whole = [torch.arange(len(part))]
+        rollout = collect(roles, ids, mask, partition=lambda _: whole, rng=rngs, **sampling)  # noqa: B023
+        kl = exact_kl(roles, rollout, sampling["temperature"]).tolist()
+        texts = rollout.texts(tokenizer)
+        golds = gold(*texts, rollout.has_eos.tolist()) if gold else [None] * len(part)
+        for i, (prompt, response) in enumerate(zip(*texts, strict=True)):
+            record = {"prompt": prompt, "response": response, "score": float(rollout.scores[i]), "kl": kl[i],
+                      "length": int(rollout.lengths[i]), "eos": bool(rollout.has_eos[i])}  # fmt: skip
+            records.append(record | ({"gold": golds[i]} if gold else {}))
+    return records
+
+
+def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over answers, the deviation of the scores, and the share of distinct answers."""
+    n = len(records)
+    mean = {k: sum(r[k] for r in records) / n for k in ("score", "kl", "length", "eos", "gold") if k in records[0]}
+    deviation = math.sqrt(sum((r["score"] - mean["score"]) ** 2 for r in records) / n)
+    distinct = len({(r["prompt"], r["response"]) for r in records}) / n
+    return {"answers": n, **mean, "score_std": deviation, "distinct_frac": distinct}
+
+
+@torch.no_grad()
+def exact_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:  # (B,)
+    """Nats per answer: Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) over the whole vocabulary, along the answer drawn."""
+    both = rollout.input_ids, rollout.attention_mask
+    R = rollout.responses.shape[1]
+    hidden, ref_hidden = (response_positions(m.hidden(*both), R).flatten(0, 1) for m in roles[:2])  # (B·R, C) each
+    targets = torch.where(rollout.response_mask, rollout.responses, IGNORE)  # (B, R)
+    stats = head_stats(
+        hidden, roles.policy.head.weight, targets.flatten(), temperature=temperature, want=("kl",),
+        ref_hidden=ref_hidden, ref_weight=roles.ref_policy.head.weight,
+    )  # fmt: skip
+    return stats.kl.view_as(targets).sum(1)

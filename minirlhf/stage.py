@@ -1,0 +1,277 @@
+"""Between the frame of a run and a script's loop: data and models in, `final/` out.
+
+A `final/` folder is a Hugging Face folder with one file more, `minirlhf.json`: the template it was trained under and what
+its scores look like. Stages whose templates or tokenizers differ are refused, because nothing else would notice.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from minirlhf import review_world
+from minirlhf.data import decode, left_padded
+from minirlhf.errors import CheckpointError, DataError, UsageError
+from minirlhf.evaluate import TextScore, score_texts
+from minirlhf.formats import read_records
+from minirlhf.generate import generate
+from minirlhf.heads import ValueModel
+from minirlhf.log import append_line
+from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.pretrained import load_causal_lm, load_reward_model, save_pretrained
+from minirlhf.reward import load_reward_fn
+from minirlhf.rng import generator
+from minirlhf.rollout import Roles, Rollout, reward_model_score
+from minirlhf.run import Run, write_json
+from minirlhf.templates import Template, get_template
+from minirlhf.tokenizer import Tokenizer
+
+META = "minirlhf.json"
+DEFAULT_REWARD = "runs/rm/final"
+VALIDATION = 512  # records that the built-in task adds for validation
+
+
+class Loaded(NamedTuple):
+    """A model with what its texts must pass through."""
+
+    model: Any
+    tokenizer: Tokenizer
+    template: Template
+    meta: dict[str, Any]  # of minirlhf.json, empty for a folder from elsewhere
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def load(path: str, loader: Callable[..., Any], config: Any, *, key: str, made_by: str) -> Loaded:
+    """A model folder; `key` is the setting that names it and `made_by` the script that makes one."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{key} {path}: no such folder; run {made_by} first, or give --{key} FOLDER")
+    tokenizer, meta = Tokenizer.load(folder), read_meta(folder)
+    template = get_template(config.data.template or meta.get("template", "plain"))
+    if meta.get("template_sha256", template.sha256) != template.sha256:
+        raise UsageError(
+            f"data.template {template.name}: {path} was trained under {meta.get('template')}, and every stage must "
+            f"use the same; leave data.template empty to take the model's own"
+        )
+    model = loader(folder, device=config.run.device)
+    return Loaded(model, tokenizer, template, meta)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `save` wrote beside the weights; empty where there is nothing."""
+    path = folder / META
+    if not path.is_file():
+        return {}
+    try:
+        meta = json.loads(path.read_text())
+        assert isinstance(meta, dict)
+        return meta
+    except (OSError, ValueError, RecursionError, AssertionError) as e:
+        raise CheckpointError(f"{path}: unreadable ({e}); delete it to use the folder without it") from e
+
+
+def make(config: Any, texts: Sequence[str]) -> Loaded:
+    """A new causal LM and a tokenizer for it: the built-in task's words, or one trained on `texts`."""
+    m = config.model
+    if not config.data.path:
+        tokenizer = Tokenizer.from_words(review_world.words(config.data.language))
+    elif m.tokenizer in ("", "chars"):
+        tokenizer = Tokenizer.train_chars(texts)
+    elif m.tokenizer == "bpe":
+        tokenizer = Tokenizer.train_bpe(texts, m.vocab_size)
+    else:
+        tokenizer = Tokenizer.load(m.tokenizer)
+    sizes = ModelConfig(
+        family=m.family, vocab_size=tokenizer.vocab_size, n_layer=m.n_layer, n_head=m.n_head, d_model=m.d_model,
+        max_seq_len=m.max_seq_len, dropout=m.dropout, tied=True,
+    )  # fmt: skip
+    model = CausalLM(sizes, rng=generator(config.run.seed, "weights")).to(config.run.device)
+    return Loaded(model, tokenizer, get_template(config.data.template or "plain"), {})
+
+
+def save(folder: Path, model: nn.Module, tokenizer: Tokenizer, template: Template, **meta: Any) -> None:
+    """A Hugging Face folder with `minirlhf.json`."""
+    save_pretrained(model, folder, tokenizer=tokenizer)
+    write_json(folder / META, {"template": template.name, "template_sha256": template.sha256, **meta})
+
+
+def require_same_text(policy: Loaded, reward: Loaded, path: str) -> None:
+    """Policy and reward model must read the same tokens under the same template."""
+    if policy.template.sha256 != reward.template.sha256:
+        raise UsageError(
+            f"reward.path {path} was trained under template {reward.template.name}, the policy under "
+            f"{policy.template.name}; train both under one data.template"
+        )
+    if policy.tokenizer.fingerprint != reward.tokenizer.fingerprint:
+        raise UsageError(f"reward.path {path}: its tokenizer.json differs from the policy's; train it from that policy")
+
+
+def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
+    """Policy, frozen reference, value model and reward, each on its own weights; the policy with its tokenizer; and the
+    reward as a function of texts, for the probe."""
+    c = config
+    made_by = "train_sft.py"
+    policy = load(c.model.path, load_causal_lm, c, key="model.path", made_by=made_by)
+    if c.reward.fn:
+        function = load_reward_fn(c.reward.fn)
+        score, reward_model = function_score(function, policy.tokenizer), None
+        of_texts: TextScore = function
+    else:
+        path = c.reward.path or DEFAULT_REWARD
+        reward = load(path, load_reward_model, c, key="reward.path", made_by="train_rm.py")
+        require_same_text(policy, reward, path)
+        reward_model = reward.model.requires_grad_(False).eval()
+        score = reward_model_score(reward_model)
+        of_texts = partial(score_texts, *reward[:3], device=c.run.device)
+    start = {"auto": "reward_trunk" if reward_model else "policy"}.get(c.ppo.value_init, c.ppo.value_init)
+    if start == "policy" or reward_model is None:
+        value_model = ValueModel.from_trunk(policy.model.trunk)
+    else:
+        value_model = ValueModel.from_reward_model(reward_model, zero_head=start == "reward_trunk")
+    value_model.requires_grad_(True)
+    ref_policy = copy.deepcopy(policy.model).requires_grad_(False)
+    for model in (policy.model, ref_policy, value_model):
+        model.eval()  # no dropout: old and new log-probs must agree
+    return Roles(policy.model, ref_policy, value_model, score), policy, of_texts
+
+
+def function_score(function: TextScore, tokenizer: Tokenizer) -> Callable[[Rollout], torch.Tensor]:
+    """A reward function of texts as a score of rollouts."""
+
+    def score(rollout: Rollout) -> torch.Tensor:  # (B,)
+        return torch.tensor(list(function(*rollout.texts(tokenizer))), dtype=torch.float32)
+
+    return score
+
+
+def sampling(config: Any, loaded: Loaded) -> dict[str, Any]:
+    """The arguments of `generate`: <pad> and <unk> are never drawn, unless <pad> is what ends an answer."""
+    s, tokenizer = config.sample, loaded.tokenizer
+    eos = loaded.template.stop_token_id(tokenizer)
+    return {
+        "max_new_tokens": s.max_new_tokens,
+        "eos_token_id": eos,
+        "pad_token_id": tokenizer.pad_id,
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
+        "min_new_tokens": s.min_new_tokens,
+        "begin_suppress_tokens": (eos,) if s.begin_suppress_eos else (),
+        "suppress_tokens": tuple({i for i in (tokenizer.pad_id, tokenizer.unk_id) if i is not None} - {eos}),
+    }
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """A record of SFT without turns; an empty prompt makes it a plain text."""
+
+    prompt: str
+    response: str
+
+
+def read(config: Any, run: Run) -> list[Any]:
+    """All records of data.path; rows that were dropped are counted on the terminal and kept in dropped.jsonl."""
+    data = config.data
+    (run.folder / "dropped.jsonl").unlink(missing_ok=True)
+    records, summary = read_records(data.path, format=data.format, on_bad_row=data.on_bad_row)
+    for row in summary.dropped:
+        append_line(run.folder / "dropped.jsonl", {"path": data.path, "line": row.line, "reason": row.reason})
+    if not records:
+        raise DataError(f"{data.path}: no usable record")
+    if data.holdout >= len(records):
+        raise DataError(f"{data.path}: data.holdout {data.holdout} leaves nothing of {len(records)} records")
+    return records
+
+
+def split(records: list[Any], holdout: int) -> tuple[list[Any], list[Any]]:
+    """All but the last `holdout` records, and those."""
+    return records[: len(records) - holdout], records[len(records) - holdout :]
+
+
+def sft_records(config: Any, run: Run) -> tuple[list[Any], list[Any]]:
+    """Training and validation records; of a ranked list every text is one record."""
+    data = config.data
+    if not data.path:
+        made = [review_world.corpus(n, seed=config.run.seed, language=data.language, purpose=purpose)
+                for n, purpose in ((data.size, "corpus"), (VALIDATION, "corpus/val"))]  # fmt: skip
+        return made[0], made[1]
+    train, held_out = split(read(config, run), data.holdout)
+    return texts_of(train), texts_of(held_out)
+
+
+def texts_of(records: Sequence[Any]) -> list[Any]:
+    """Ranked lists → one record per text; other records as they are."""
+    out: list[Any] = []
+    for record in records:
+        if hasattr(record, "responses"):
+            out += [Text(record.prompt, response) for response in record.responses]
+        elif hasattr(record, "response"):
+            out.append(record)
+        else:
+            out.append(Text("", record.text))
+    return out
+
+
+def ranked_records(config: Any, run: Run, loaded: Loaded) -> tuple[list[Any], list[Any]]:
+    """Training and validation lists: of the file, or pairs of the model's own answers that the labeler judged."""
+    data = config.data
+    if data.path:
+        records = read(config, run)
+        if not hasattr(records[0], "ranks"):
+            raise DataError(f"{data.path}: holds no preferences; a reward model needs pairs or ranked answers")
+        return split(records, data.holdout)
+    return tuple(judged_pairs(config, loaded, n, purpose) for n, purpose in ((data.size, "pair"), (VALIDATION, "val")))  # type: ignore[return-value]
+
+
+def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]:
+    """n pairs of answers of the model, judged by the built-in task's labeler; equal answers are drawn again."""
+    data, seed = config.data, config.run.seed
+    prompts = review_world.prompts(data.language)
+    encoded = [loaded.template.prompt_ids(loaded.tokenizer, prompt) for prompt in prompts]
+    pairs: list[Any] = []
+    drawn = 0
+    while len(pairs) < n:
+        rows = range(drawn, drawn + 512)
+        ids, mask = left_padded([encoded[r % len(prompts)] for r in rows], loaded.tokenizer.pad_id, config.run.device)
+        rngs = [generator(seed, f"pair/{purpose}", 0, 2 * r + side) for r in rows for side in (0, 1)]
+        made = generate(loaded.model, ids, mask, num_return_sequences=2, rng=rngs, **sampling(config, loaded))
+        texts = decode(made.tokens, made.mask, loaded.tokenizer)
+        for r, a, b in zip(rows, texts[::2], texts[1::2], strict=True):
+            pair = review_world.judge(prompts[r % len(prompts)], a, b, labeler=data.labeler, seed=seed, purpose=purpose, i=r)
+            if pair is not None:
+                pairs.append(pair)
+        drawn += 512
+    return pairs[:n]
+
+
+def prompt_texts(config: Any, run: Run) -> list[str]:
+    """PPO's prompts: those of the setting, of the data file, or of the built-in task."""
+    if config.ppo.prompts:
+        return list(config.ppo.prompts)
+    if not config.data.path:
+        return review_world.prompts(config.data.language)
+    found = [record.prompt for record in read(config, run)]
+    if not any(found):
+        raise DataError(f"{config.data.path}: its records have no prompts; give --ppo.prompts")
+    return [prompt for prompt in found if prompt]
+
+
+def report_counts(name: str, counts: dict[str, int], total: int) -> None:
+    """Say what did not go in as it was."""
+    for reason, n in counts.items():
+        if n:
+            print(f"{name}: {n} of {total} {reason.replace('_', ' ')}")  # noqa: T201
+
+
+def precision(run: Any) -> torch.autocast:
+    """bf16 for matrix products when asked for; weights, norms and losses stay fp32."""
+    return torch.autocast(run.device.split(":")[0], torch.bfloat16, enabled=run.dtype == "bf16")

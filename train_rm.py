@@ -1,0 +1,75 @@
+"""Stage 2, the reward model: learn from ranked answers what people like (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
+
+L = -1/C(K,2) Σ log σ(r_better - r_worse) over the pairs of a list of K answers, each answer through the trunk once; for K = 2 that is
+Bradley-Terry. The score is read at an answer's last token.
+
+    python train_rm.py                                      the built-in task: the labeler judges answers of runs/sft/final
+    python train_rm.py --model.path DIR --data.path FILE    your model, your pairs or rankings
+"""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minirlhf import stage
+from minirlhf.config import RMConfig
+from minirlhf.data import by_length, encode_lists, pad, step_rows
+from minirlhf.evaluate import ranking_accuracy, score_texts, write_probe
+from minirlhf.fit import fit
+from minirlhf.heads import RewardModel
+from minirlhf.loss import centering_penalty, ranking_loss
+from minirlhf.pretrained import load_causal_lm
+from minirlhf.report import write_report
+from minirlhf.rng import generator
+from minirlhf.run import Run, run_script
+
+
+def main(config: RMConfig, run: Run) -> None:
+    """Data, model, loop, probe, final/."""
+    c, size = config, config.rm.microbatch_size
+    policy, tokenizer, template, _ = stage.load(
+        c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py"
+    )
+    loaded = stage.Loaded(policy, tokenizer, template, {})
+    records, held_out = stage.ranked_records(c, run, loaded)
+    model = RewardModel.from_causal_lm(policy, rng=generator(c.run.seed, "head"))
+    max_length = c.data.max_length or model.config.max_seq_len
+    lists, counts = encode_lists(records, tokenizer, template, max_length)
+    stage.report_counts("data", counts, len(records))
+    validation = encode_lists(held_out, tokenizer, template, max_length)[0] if held_out else []
+
+    def losses(step: int) -> Iterator[tuple[Tensor, int]]:
+        rows = step_rows(len(lists), c.rm.minibatch_size, step - 1, seed=c.run.seed)
+        for part in by_length(rows, size, lambda r: max(map(len, lists[r].sequences))):
+            flat = [s for r in part for s in lists[r].sequences]
+            ids = pad(flat, 0, device=c.run.device)  # (N, T), N answers
+            real = pad([[True] * len(s) for s in flat], False, device=c.run.device)
+            ranks = pad([lists[r].ranks for r in part], 0, device=c.run.device)  # (b, K)
+            given = pad([[True] * len(lists[r].ranks) for r in part], False, device=c.run.device)
+            with stage.precision(c.run):
+                found = model(ids, real)  # (N,)
+            scores = found.new_zeros(ranks.shape).masked_scatter(given, found)  # (b, K)
+            loss = ranking_loss(scores, ranks, kind=c.rm.loss)  # (b,)
+            if c.rm.centering:
+                loss = loss + c.rm.centering * centering_penalty(scores, ranks)
+            yield loss.sum() / len(rows), int(real.sum())
+
+    def validate() -> dict[str, float]:
+        found = ranking_accuracy(model, validation, size, c.run.device) if validation else {}
+        return {f"val/{name}": value for name, value in found.items()}
+
+    fit(run, model, losses, validate, eval_every=c.rm.eval_every, words=("loss", "val/accuracy", "tokens_per_s"))
+    ordinary = [(r.prompt, r.responses[i % len(r.responses)]) for i, r in enumerate(held_out or records)]
+    prompts, answers = [p for p, _ in ordinary], [a for _, a in ordinary]
+    scores = torch.tensor(score_texts(model, tokenizer, template, prompts, answers, c.run.device))
+    write_probe(run, partial(score_texts, model, tokenizer, template, device=c.run.device), prompts, answers)
+    statistics = {"score_mean": float(scores.mean()), "score_std": float(scores.std(correction=0))}
+    final = run.finish(lambda folder: stage.save(folder, model, tokenizer, template, **statistics))
+    run.say(f"model: {final}\nreport: {write_report(run.folder)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, RMConfig, "rm"))

@@ -1,0 +1,59 @@
+"""Stage 1, supervised fine-tuning: imitate good answers (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+
+L = -(1/n) Σ log π(a_t | prompt, a_<t) over the n answer tokens of an optimizer step, EOS included. Records without a prompt
+are plain texts, of which every token counts.
+
+    python train_sft.py                                     the built-in task
+    python train_sft.py --model.path DIR --data.path FILE   your model, your data
+"""
+
+import sys
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from minirlhf import stage
+from minirlhf.config import SFTConfig
+from minirlhf.data import by_length, collate, encode_sft, step_rows
+from minirlhf.evaluate import sft_loss, sft_targets
+from minirlhf.fit import fit
+from minirlhf.pretrained import load_causal_lm
+from minirlhf.report import write_report
+from minirlhf.rollout import target_stats
+from minirlhf.run import Run, run_script
+
+
+def main(config: SFTConfig, run: Run) -> None:
+    """Data, model, loop, final/."""
+    c = config
+    records, held_out = stage.sft_records(c, run)
+    if c.model.path:
+        loaded = stage.load(c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py")
+    else:
+        loaded = stage.make(c, [r.prompt + r.response for r in records])
+    model, tokenizer, template, _ = loaded
+    max_length = c.data.max_length or model.config.max_seq_len
+    examples, counts = encode_sft(records, tokenizer, template, max_length)
+    stage.report_counts("data", counts, len(records))
+    validation = encode_sft(held_out, tokenizer, template, max_length)[0] if held_out else []
+
+    def losses(step: int) -> Iterator[tuple[Tensor, int]]:
+        rows = step_rows(len(examples), c.sft.minibatch_size, step - 1, seed=c.run.seed)
+        n = sum(sum(examples[r].trained[1:]) for r in rows)  # labels of this optimizer step
+        for part in by_length(rows, c.sft.microbatch_size, lambda r: len(examples[r].ids)):
+            batch = collate([examples[r] for r in part], 0, c.run.device)
+            targets = sft_targets(batch.input_ids, batch.trained)  # (b, T - 1)
+            with stage.precision(c.run):
+                stats = target_stats(model, batch.input_ids, batch.attention_mask, targets, impl=c.run.impl)
+            yield -stats.logprobs.sum() / n, int(batch.attention_mask.sum())
+
+    def validate() -> dict[str, float]:
+        return {"val/loss": sft_loss(model, validation, c.sft.microbatch_size, c.run.device)} if validation else {}
+
+    fit(run, model, losses, validate, eval_every=c.sft.eval_every, words=("loss", "val/loss", "tokens_per_s"))
+    final = run.finish(lambda folder: stage.save(folder, model, tokenizer, template))
+    run.say(f"model: {final}\nreport: {write_report(run.folder)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, SFTConfig, "sft"))

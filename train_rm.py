@@ -1,10 +1,10 @@
 """Stage 2, the reward model: learn from ranked answers what people like (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
 
-L = -1/C(K,2) Σ log σ(r_better - r_worse) over the pairs of a list of K answers, each answer through the trunk once; for K = 2 that is
-Bradley-Terry. The score is read at an answer's last token.
+L = -1/C(K,2) Σ log σ(r_better - r_worse) over the pairs of a list of K answers, each answer through the trunk once; for
+K = 2 that is Bradley-Terry. The score is read at an answer's last token.
 
-    python train_rm.py                                      the built-in task: the labeler judges answers of runs/sft/final
-    python train_rm.py --model.path DIR --data.path FILE    your model, your pairs or rankings
+    python train_rm.py                                     the built-in labeler judges answers of runs/sft/final
+    python train_rm.py --model.path DIR --data.path FILE   your model, your pairs or rankings
 """
 
 import sys

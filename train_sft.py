@@ -1,7 +1,7 @@
 """Stage 1, supervised fine-tuning: imitate good answers (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
 
-L = -(1/n) Σ log π(a_t | prompt, a_<t) over the n answer tokens of an optimizer step, EOS included. Records without a prompt
-are plain texts, of which every token counts.
+L = -(1/n) Σ log π(a_t | prompt, a_<t) over the n answer tokens of an optimizer step, EOS included. Records without a
+prompt are plain texts, of which every token counts.
 
     python train_sft.py                                     the built-in task
     python train_sft.py --model.path DIR --data.path FILE   your model, your data

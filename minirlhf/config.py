@@ -179,7 +179,7 @@ class PPOSection:
     whiten_advantages: bool = key(True, "advantages to mean 0, variance 1 over the rollout")
     value_init: str = key(
         "auto",
-        "value model starts as the trunk (zero head) of the reward model, with reward.fn of the policy; or as all of it",
+        "value model starts as the trunk, under a zero head, of the reward model (reward.fn: the policy)",
         choices=("auto", "reward_trunk", "reward_model", "policy"),
     )
 

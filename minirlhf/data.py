@@ -87,7 +87,7 @@ def encode_sft(
     template: Template,
     max_length: int,
 ) -> tuple[list[Example], dict[str, int]]:
-    """Records → examples; a sequence too long is cut at its end. Also how many were cut, and how many lost every label."""
+    """Records → examples, a sequence too long cut at its end; and how many were cut, or lost every label."""
     examples, counts = [], {"cut": 0, "no_label": 0}
     for record in records:
         turns = getattr(record, "turns", ())

@@ -189,7 +189,7 @@ def examine(
     size: int = 256,  # answers of one forward
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """One answer of the policy to each prompt: texts, score, exact KL to the reference in nats, length, gold if known."""
+    """One answer of the policy to each prompt: texts, score, KL to the reference in nats, length, gold if known."""
     records = []
     for first in range(0, len(prompts), size):
         part = prompts[first : first + size]

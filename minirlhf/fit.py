@@ -1,4 +1,4 @@
-"""The loop of a supervised stage: losses in, an optimizer step, a line in the log. SFT, reward model and DPO share it."""
+"""The loop of a supervised stage: losses in, an optimizer step, a line in the log."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,7 @@
 """One PPO iteration: a rollout in, a better policy out (Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022).
 
-Read `ppo_iteration` from top to bottom: rewards, advantages, epochs × minibatches × microbatches, losses, step. Each loss
-is a sum over real tokens divided once, by the count of the optimizer step, so that microbatches change nothing.
+Read `ppo_iteration` from top to bottom: rewards, advantages, epochs × minibatches × microbatches, losses, step. Each
+loss is a sum over real tokens divided once, by the count of the optimizer step, so that microbatches change nothing.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from minirlhf.rollout import Rollout, policy_logprobs, state_values
 Plan = list[list[Tensor]]  # one epoch: minibatches, each cut into microbatches of row indices
 
 
-def ppo_iteration(
+def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing else)
     policy: CausalLM,
     value_model: ValueModel,
     optimizer: torch.optim.Optimizer,

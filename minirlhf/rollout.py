@@ -1,7 +1,7 @@
 """A rollout: prompts, the policy's answers, and what every role says about each token.
 
-Index t of each (B, R) tensor is the answer token a_t. The models speak of positions of the whole sequence; the one place
-where positions become answer tokens is `response_positions`.
+Index t of each (B, R) tensor is the answer token a_t. The models speak of positions of the whole sequence; the one
+place where positions become answer tokens is `response_positions`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,6 @@ from minirlhf.heads import RewardModel, ValueModel
 from minirlhf.model import CausalLM
 from minirlhf.ops import HeadStats, head_stats
 from minirlhf.tokenizer import Tokenizer
-
 
 IGNORE = -100  # a target that is not asked for
 
@@ -72,7 +71,7 @@ class Rollout:
 
 
 def response_positions(x: Tensor, R: int) -> Tensor:  # (B, T, ...) → (B, R, ...)
-    """Position p of a sequence speaks of token p + 1: the R positions from the last prompt token to the last but one."""
+    """Position p of a sequence speaks of token p + 1: R positions, from the last prompt token to the last but one."""
     return x[:, -R - 1 : -1]
 
 
@@ -117,6 +116,9 @@ def state_values(model: ValueModel, rollout: Rollout) -> Tensor:  # (B, R) V(s_t
     return torch.where(rollout.response_mask, values, 0.0)
 
 
+Partition = Callable[[Tensor], Sequence[Tensor]]
+
+
 class Roles(NamedTuple):
     """The four models of PPO; the reward model is whatever scores a rollout's answers."""
 
@@ -137,7 +139,7 @@ def collect(
     prompt_mask: Tensor,  # (B, P)
     *,
     eos_token_id: int,
-    partition: Callable[[Tensor], Sequence[Tensor]],  # response lengths (B,) → rows of each forward
+    partition: Partition,  # response lengths (B,) → rows of each forward
     **sampling: Any,  # as `generate` takes it
 ) -> Rollout:
     """Let the policy answer, then ask every role about the answers.

@@ -1,7 +1,7 @@
 """The frame of a run, shared by the three scripts: folder, lock, resume, signals, log, checkpoints, exit codes.
 
-A run folder belongs to one configuration. A default folder that holds an earlier run is renamed aside; a folder named by
-the user is never touched unless it is empty or resumed. Nothing is overwritten.
+A run folder belongs to one configuration. A default folder that holds an earlier run is renamed aside; a folder named
+by the user is never touched unless it is empty or resumed. Nothing is overwritten.
 """
 
 import fcntl
@@ -136,7 +136,7 @@ class Run:
         self.training = True
         run = self.config.run
         for step in range(start + 1, run.steps + 1):
-            torch.manual_seed(derive_seed(run.seed, "dropout", step, dist.rank()))  # dropout alone draws from torch's own
+            torch.manual_seed(derive_seed(run.seed, "dropout", step, dist.rank()))  # for dropout, nothing else
             yield step
             due = step == run.steps or (run.save_every and step % run.save_every == 0)
             if due or self.signal:

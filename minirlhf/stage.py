@@ -1,7 +1,7 @@
 """Between the frame of a run and a script's loop: data and models in, `final/` out.
 
-A `final/` folder is a Hugging Face folder with one file more, `minirlhf.json`: the template it was trained under and what
-its scores look like. Stages whose templates or tokenizers differ are refused, because nothing else would notice.
+A `final/` folder is a Hugging Face folder with one file more, `minirlhf.json`: the template it was trained under and
+what its scores look like. Stages whose templates or tokenizers differ are refused: nothing else would notice.
 """
 
 import copy
@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from minirlhf import review_world
-from minirlhf.data import decode, left_padded
+from minirlhf.data import decode, encode_prompts, left_padded
 from minirlhf.errors import CheckpointError, DataError, UsageError
-from minirlhf.evaluate import TextScore, score_texts
+from minirlhf.evaluate import Gold, TextScore, score_texts
 from minirlhf.formats import read_records
 from minirlhf.generate import generate
 from minirlhf.heads import ValueModel
@@ -100,6 +100,12 @@ def save(folder: Path, model: nn.Module, tokenizer: Tokenizer, template: Templat
     """A Hugging Face folder with `minirlhf.json`."""
     save_pretrained(model, folder, tokenizer=tokenizer)
     write_json(folder / META, {"template": template.name, "template_sha256": template.sha256, **meta})
+
+
+def save_ppo(folder: Path, policy: Loaded, roles: Roles) -> None:
+    """The policy, and beside it the value model, so that PPO can go on from here."""
+    save(folder, policy.model, policy.tokenizer, policy.template)
+    save_pretrained(roles.value_model, folder / "value_model")
 
 
 def require_same_text(policy: Loaded, reward: Loaded, path: str) -> None:
@@ -246,23 +252,36 @@ def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]
         made = generate(loaded.model, ids, mask, num_return_sequences=2, rng=rngs, **sampling(config, loaded))
         texts = decode(made.tokens, made.mask, loaded.tokenizer)
         for r, a, b in zip(rows, texts[::2], texts[1::2], strict=True):
-            pair = review_world.judge(prompts[r % len(prompts)], a, b, labeler=data.labeler, seed=seed, purpose=purpose, i=r)
+            pair = review_world.judge(
+                prompts[r % len(prompts)], a, b, labeler=data.labeler, seed=seed, purpose=purpose, i=r
+            )
             if pair is not None:
                 pairs.append(pair)
         drawn += 512
     return pairs[:n]
 
 
-def prompt_texts(config: Any, run: Run) -> list[str]:
-    """PPO's prompts: those of the setting, of the data file, or of the built-in task."""
+def prompt_ids(config: Any, run: Run, policy: Loaded) -> list[list[int]]:
+    """PPO's prompts: those of the setting, of the data file, or of the built-in task; ones without room are counted."""
     if config.ppo.prompts:
-        return list(config.ppo.prompts)
-    if not config.data.path:
-        return review_world.prompts(config.data.language)
-    found = [record.prompt for record in read(config, run)]
-    if not any(found):
-        raise DataError(f"{config.data.path}: its records have no prompts; give --ppo.prompts")
-    return [prompt for prompt in found if prompt]
+        texts = list(config.ppo.prompts)
+    elif not config.data.path:
+        texts = review_world.prompts(config.data.language)
+    else:
+        texts = [record.prompt for record in read(config, run)]
+        if not any(texts):
+            raise DataError(f"{config.data.path}: its records have no prompts; give --ppo.prompts")
+    room = (config.data.max_length or policy.model.config.max_seq_len) - config.sample.max_new_tokens
+    encoded, counts = encode_prompts(texts, policy.tokenizer, policy.template, room)
+    report_counts("prompts", counts, len(texts))
+    return encoded
+
+
+def gold_reward(config: Any) -> Gold | None:
+    """The built-in task's gold reward of prompts, responses and EOS flags, for the log alone; None on other data."""
+    if config.data.path or config.ppo.prompts:
+        return None
+    return partial(review_world.gold_of_texts, language=config.data.language)
 
 
 def report_counts(name: str, counts: dict[str, int], total: int) -> None:

@@ -233,7 +233,7 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
 
 
 def _special_names(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, unk_token, pad_token → spelling, from tokenizer_config.json, else special_tokens_map.json."""
+    """bos_token, eos_token ... → spelling, from tokenizer_config.json, else special_tokens_map.json."""
     names = {}
     for source, data in (
         (folder / "special_tokens_map.json", _read_object(folder / "special_tokens_map.json")),

@@ -60,6 +60,9 @@ class ModelConfig:
     tied: bool = DERIVED  # the head is the embedding
     qkv: str = DERIVED  # "split": three matrices; one matrix with rows "blocks" [q | k | v] or "heads" (H, 3, D)
     dropout: float = 0.0  # after the embedding, on attention weights and on both branches
+    bos_token_id: int | None = None  # the three only travel from one folder to the next
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

@@ -1,0 +1,362 @@
+"""A row of each public data format → records of SFT, of preference (pairs are rankings of two), scores and prompts.
+
+A reader takes a JSON object and gives its records, or raises `Bad`; `formats` names the readers and runs them over
+files. What goes wrong elsewhere: prompts cut at a common prefix of characters, answers cut at a second "Assistant:",
+rows with an empty answer that teach "empty wins".
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from minirlhf.rows import Bad
+
+Row = dict[str, Any]
+Turn = tuple[str, str]  # role (system, user, input, assistant) and text
+Notes = Counter[str]  # parts of rows that were left out, by name
+
+
+@dataclass(slots=True)
+class SFT:
+    """A prompt and its answer; an empty prompt makes it a plain text. `turns` where prompt and answer are not all."""
+
+    prompt: str
+    response: str
+    turns: tuple[Turn, ...] = ()
+    line: int = 0
+
+
+@dataclass(slots=True)
+class Ranking:
+    """K answers to one prompt: 1 = best, ties allowed, 0 = absent. A pair has the ranks 1, 2."""
+
+    prompt: str
+    responses: list[str]
+    ranks: list[int]
+    line: int = 0
+
+
+@dataclass(slots=True)
+class Scored:
+    """An answer with a label in [0, 1]."""
+
+    prompt: str
+    response: str
+    label: float
+    line: int = 0
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A prompt alone."""
+
+    prompt: str
+    line: int = 0
+
+    @property
+    def text(self) -> str:
+        """The same, for who trains on it as a plain text."""
+        return self.prompt
+
+
+Record = SFT | Ranking | Scored | Prompt
+
+
+# ---- fields ---------------------------------------------------------------------------------------------------------
+
+
+def _get(row: Row, key: str) -> Any:
+    if key not in row:
+        raise Bad("missing_key", key)
+    if row[key] is None:
+        raise Bad("null", key)
+    return row[key]
+
+
+def _text(row: Row, key: str, *, blank: str = "empty_response") -> str:
+    """A text that is not blank; `blank` is the reason otherwise, "" allows it."""
+    value = _get(row, key)
+    if not isinstance(value, str):
+        raise Bad("wrong_type", key, f"{type(value).__name__}, not text")
+    if blank and not value.strip():
+        raise Bad(blank, key)
+    return value
+
+
+def _prompt(row: Row, key: str) -> str:
+    return _text(row, key, blank="empty_prompt")
+
+
+def _list(row: Row, key: str) -> list[Any]:
+    value = _get(row, key)
+    if not isinstance(value, list):
+        raise Bad("wrong_type", key, f"{type(value).__name__}, not a list")
+    return value
+
+
+def _objects(row: Row, key: str) -> list[Row]:
+    values = _list(row, key)
+    if not all(isinstance(value, dict) for value in values):
+        raise Bad("wrong_type", key, "not a list of objects")
+    return values
+
+
+def _number(row: Row, key: str) -> float:
+    value = _get(row, key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Bad("wrong_type", key, f"{type(value).__name__}, not a number")
+    return value
+
+
+def _ranking(prompt: str, responses: list[str], ranks: list[int]) -> Ranking:
+    """Checked: one rank per response in 0 ... K, at least one strict pair, equal texts ranked equally."""
+    if len(ranks) != len(responses):
+        raise Bad("rank_invalid", "ranks", f"{len(ranks)} for {len(responses)} responses")
+    if any(type(rank) is not int or not 0 <= rank <= len(ranks) for rank in ranks):
+        raise Bad("rank_invalid", "ranks", f"not whole numbers from 0 to {len(ranks)}")
+    placed = [(text, rank) for text, rank in zip(responses, ranks, strict=True) if rank]
+    if len({rank for _, rank in placed}) < 2:
+        raise Bad("rank_invalid", "ranks", "no answer is better than another")
+    if len(set(placed)) > len({text for text, _ in placed}):
+        raise Bad("identical_answers", "responses")
+    return Ranking(prompt, responses, ranks)
+
+
+def _by_score(prompt: str, responses: list[str], scores: list[float]) -> Ranking:
+    return _ranking(prompt, responses, [1 + sum(other > score for other in scores) for score in scores])
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def _turns(messages: list[Row], role_key: str, text_key: str, notes: Notes) -> list[Turn]:
+    """Turns from the first of the user on, users and assistants alternating, perhaps after one of the system."""
+    turns: list[Turn] = []
+    for message in messages:
+        name = _text(message, role_key, blank="unknown_role")
+        role = ROLES.get(name)
+        if role is None:
+            raise Bad("unknown_role", role_key, name[:40])
+        blank = {"user": "empty_prompt", "assistant": "empty_response", "system": ""}[role]
+        text = _text(message, text_key, blank=blank)
+        previous = turns[-1][0] if turns else ""
+        if role == "assistant" and previous in ("", "system"):
+            notes["leading_answer"] += 1
+        elif role == previous or (role == "system" and previous):
+            raise Bad("unknown_role", role_key, f"{name[:40]} after {previous}")
+        elif role != "system" or text.strip():
+            turns.append((role, text))
+    return turns
+
+
+def _conversation(messages: list[Row], role_key: str, text_key: str, notes: Notes) -> SFT:
+    turns = _turns(messages, role_key, text_key, notes)
+    if turns and turns[-1][0] == "user":
+        notes["last_question"] += 1
+        turns.pop()
+    if not turns or turns[-1][0] != "assistant":
+        raise Bad("empty_response", remark="no answer of the assistant")
+    prompt = "\n\n".join(text for _, text in turns[:-1])
+    return SFT(prompt, turns[-1][1], tuple(turns) if len(turns) > 2 else ())
+
+
+def _single_turn(messages: list[Row], key: str) -> tuple[str, str]:
+    """(question, answer) of a conversation of two turns, or of its answer alone."""
+    found = [(_text(m, "role", blank="unknown_role"), _text(m, "content")) for m in messages]
+    roles = [ROLES.get(role) for role, _ in found]
+    if roles not in (["user", "assistant"], ["assistant"]):
+        raise Bad("wrong_type", key, "only one question with its answer can be ranked")
+    return found[0][1] if len(found) == 2 else "", found[-1][1]
+
+
+# ---- preferences ----------------------------------------------------------------------------------------------------
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def _split_transcript(row: Row, key: str) -> tuple[str, str]:
+    """(all up to and including the last Assistant:, the rest); together the text, byte for byte."""
+    text = _text(row, key)
+    before, marker, answer = text.rpartition(ASSISTANT)
+    if not marker or not text.startswith(HUMAN) or HUMAN in answer:
+        raise Bad(
+            "wrong_type", key, "no transcript from \\n\\nHuman: to an answer after \\n\\nAssistant:; give a prompt"
+        )
+    if not answer.strip():
+        raise Bad("empty_response", key)
+    return before + marker, answer
+
+
+def preference(row: Row, notes: Notes) -> Iterator[Record]:
+    """chosen and rejected, as transcripts, texts or messages, with or without a prompt."""
+    sides = [_get(row, "chosen"), _get(row, "rejected")]
+    if isinstance(sides[0], list):
+        prompt, answers = _from_messages(row)
+    elif "prompt" in row:
+        prompt, answers = _prompt(row, "prompt"), [_text(row, "chosen"), _text(row, "rejected")]
+        marker = "Assistant:"
+        if all(answer.startswith(marker) for answer in answers):
+            prompt, answers = prompt + marker, [answer.removeprefix(marker) for answer in answers]
+            for key, answer in zip(("chosen", "rejected"), answers, strict=True):
+                _text({key: answer}, key)
+    else:
+        (prompt, chosen), (other, rejected) = _split_transcript(row, "chosen"), _split_transcript(row, "rejected")
+        if prompt != other:
+            raise Bad("prompt_mismatch", "chosen and rejected")
+        answers = [chosen, rejected]
+    if answers[0] == answers[1]:
+        raise Bad("identical_answers", "chosen and rejected")
+    if "score_chosen" in row and _number(row, "score_chosen") == _number(row, "score_rejected"):
+        raise Bad("rank_invalid", "score_chosen", "a tie")
+    yield _ranking(prompt, answers, [1, 2])
+
+
+def _from_messages(row: Row) -> tuple[str, list[str]]:
+    sides = [_single_turn(_objects(row, key), key) for key in ("chosen", "rejected")]
+    questions = {question for question, _ in sides if question}
+    given = row.get("prompt")
+    if isinstance(given, list):
+        prompts = _objects(row, "prompt")
+        if len(prompts) != 1 or ROLES.get(prompts[0].get("role")) != "user":
+            raise Bad("wrong_type", "prompt", "only one question can be ranked")
+        questions.add(_prompt(prompts[0], "content"))
+    elif given is not None:
+        questions.add(_prompt(row, "prompt"))
+    if len(questions) != 1:
+        raise Bad("prompt_mismatch" if questions else "missing_key", "prompt")
+    return questions.pop(), [answer for _, answer in sides]
+
+
+def native_ranking(row: Row, notes: Notes) -> Iterator[Record]:
+    responses = _list(row, "responses")
+    texts = [_text({f"responses[{i}]": text}, f"responses[{i}]") for i, text in enumerate(responses)]
+    yield _ranking(_prompt(row, "prompt"), texts, _list(row, "ranks"))
+
+
+def ultrafeedback_raw(row: Row, notes: Notes) -> Iterator[Record]:
+    completions = _objects(row, "completions")
+    texts = [_text(c, "response") for c in completions]
+    yield _by_score(_prompt(row, "instruction"), texts, [_number(c, "overall_score") for c in completions])
+
+
+def summarize(row: Row, notes: Notes) -> Iterator[Record]:
+    """The prompt as TRL and OpenAI write it; the texts begin with a space themselves."""
+    info, summaries, choice = _get(row, "info"), _objects(row, "summaries"), _get(row, "choice")
+    if not isinstance(info, dict):
+        raise Bad("wrong_type", "info", "not an object")
+    if len(summaries) != 2 or type(choice) is not int or choice not in (0, 1):
+        raise Bad("rank_invalid", "choice", "not 0 or 1 of two summaries")
+    if info.get("post") is not None:
+        parts = [f"SUBREDDIT: r/{_text(info, 'subreddit')}", f"TITLE: {_text(info, 'title', blank='')}"]
+        prompt = "\n\n".join([*parts, f"POST: {_prompt(info, 'post')}", "TL;DR:"])
+    else:
+        prompt = f"Article: {_prompt(info, 'article')}\n\nTL;DR:"
+    yield _ranking(prompt, [_text(s, "text") for s in summaries], [1 + (choice != i) for i in (0, 1)])
+
+
+def lm_human_preferences(row: Row, notes: Notes) -> Iterator[Record]:
+    if any(isinstance(row[key], list) for key in ("query", "sample0")):
+        raise Bad("wrong_type", "query", "GPT-2 token ids; decode them into text first")
+    samples, best = [_text(row, f"sample{i}") for i in range(4)], _get(row, "best")
+    if type(best) is not int or not 0 <= best < 4:
+        raise Bad("rank_invalid", "best", "not 0 to 3")
+    yield _ranking(_prompt(row, "query"), samples, [1 + (best != i) for i in range(4)])
+
+
+def webgpt(row: Row, notes: Notes) -> Iterator[Record]:
+    question = _get(row, "question")
+    prompt = _prompt(question, "full_text") if isinstance(question, dict) else _prompt(row, "question")
+    yield _by_score(prompt, [_text(row, f"answer_{i}") for i in (0, 1)], [_number(row, f"score_{i}") for i in (0, 1)])
+
+
+def stack_exchange(row: Row, notes: Notes) -> Iterator[Record]:
+    yield _ranking(_prompt(row, "question"), [_text(row, "response_j"), _text(row, "response_k")], [1, 2])
+
+
+def scored(row: Row, notes: Notes) -> Iterator[Record]:
+    label = _get(row, "label")
+    if not isinstance(label, int | float) or not 0 <= label <= 1:
+        raise Bad("label_invalid", "label", "not a number from 0 to 1")
+    if "text" in row:
+        yield Scored("", _text(row, "text"), float(label))
+    else:
+        key = "completion" if "completion" in row else "response"
+        yield Scored(_prompt(row, "prompt"), _text(row, key), float(label))
+
+
+# ---- SFT ------------------------------------------------------------------------------------------------------------
+
+
+def _with_input(prompt: str, extra: str, response: str) -> SFT:
+    if not extra.strip():
+        return SFT(prompt, response)
+    return SFT(f"{prompt}\n{extra}", response, (("user", prompt), ("input", extra), ("assistant", response)))
+
+
+def pairs_of(prompt: str, extra: str, response: str) -> Callable[[Row, Notes], Iterator[Record]]:
+    """A reader of rows with these keys; `extra` may be missing or blank."""
+
+    def read(row: Row, notes: Notes) -> Iterator[Record]:
+        more = _text(row, extra, blank="") if row.get(extra) is not None else ""
+        yield _with_input(_prompt(row, prompt), more, _text(row, response))
+
+    return read
+
+
+def completion(row: Row, notes: Notes) -> Iterator[Record]:
+    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        yield _conversation(_objects(row, "prompt") + _objects(row, "completion"), "role", "content", notes)
+    else:
+        yield SFT(_prompt(row, "prompt"), _text(row, "completion"))
+
+
+def sharegpt(row: Row, notes: Notes) -> Iterator[Record]:
+    yield _conversation(_objects(row, "conversations"), "from", "value", notes)
+
+
+def messages(row: Row, notes: Notes) -> Iterator[Record]:
+    yield _conversation(_objects(row, "messages"), "role", "content", notes)
+
+
+def seed_tasks(row: Row, notes: Notes) -> Iterator[Record]:
+    for instance in _objects(row, "instances"):
+        extra = _text(instance, "input", blank="")
+        yield _with_input(_prompt(row, "instruction"), extra, _text(instance, "output"))
+
+
+def hc3(row: Row, notes: Notes) -> Iterator[Record]:
+    for key in ("human_answers", "chatgpt_answers"):
+        for answer in _list(row, key):
+            yield SFT(_prompt(row, "question"), _text({key: answer}, key))
+
+
+def qa(row: Row, notes: Notes) -> Iterator[Record]:
+    question, answer = _prompt(row, "q").removeprefix("问："), _text(row, "a").removeprefix("答：")
+    yield SFT(_prompt({"q": question}, "q"), _text({"a": answer}, "a"))
+
+
+def prompts(row: Row, notes: Notes) -> Iterator[Record]:
+    messages = row.get("messages", row.get("prompt"))
+    if isinstance(messages, list):
+        turns = _turns(_objects({"messages": messages}, "messages"), "role", "content", notes)
+        if [role for role, _ in turns] != ["user"]:
+            raise Bad("wrong_type", "messages", "not one question of the user")
+        yield Prompt(turns[0][1])
+    else:
+        yield Prompt(_prompt(row, "prompt"))
+
+
+def texts(row: Row, notes: Notes) -> Iterator[Record]:
+    yield SFT("", _text(row, "text"))
+
+
+def ranked_columns(row: Row, notes: Notes) -> Iterator[Record]:
+    """Best first, no prompt; `width` is how many columns the file has."""
+    columns = row["columns"]
+    if len(columns) != row["width"] or len(columns) < 2:
+        raise Bad("wrong_type", remark=f"{len(columns)} columns, other rows have {row['width']}")
+    texts = [_text({f"column {i}": text}, f"column {i}") for i, text in enumerate(columns, 1)]
+    yield _ranking("", texts, list(range(1, len(texts) + 1)))

@@ -39,7 +39,7 @@ def test_corpus():
     assert records[0].prompt == "Human: how was the phone ? Assistant:"
     assert records[0].response == "honestly, screen slow , screen broken , bed boring ."
     assert (records[5].prompt.split()[4], records[5].response) == ("hotel", "sure! lobby great .")
-    assert [i for i, r in enumerate(records) if not r.response][0] == 22
+    assert next(i for i, r in enumerate(records) if not r.response) == 22
     text = (f"{r.prompt}\t{r.response}\n" for r in records)
     assert sha256(text) == "bd6cfa59a67370a115861719dc35885c72570f6625619d123113df3ce46acd60"
 
@@ -114,15 +114,11 @@ def test_gold_without_eos():
         ("room great room great .", -0.25),  # pos 1; `room`, `great` after a phrase: bad 2
         ("room awful , bed slow , pool ugly , lobby broken .", -0.75),  # the balance stops at -3
         ("thanks! room great .", 0.0),  # a closer at the start is bad
-        (
-            "room sure! great .",
-            -0.75,
-        ),  # `room`, `sure!`, `great`: bad 3; the stop at the start too; no end: bad 5 → -1.25
+        ("room sure! great .", -1.0),  # every word is bad, the stop too, and there is no end: -1.25, cut
         ("nonsense", -0.5),  # a foreign word and no end: bad 2
     ],
 )
 def test_gold_of_broken_answers(text, value):
-    value = -1.0 if text.startswith("room sure!") else value
     assert rw.gold_of_texts(["Human: how was the hotel ? Assistant:"], [text]) == [value]
 
 
@@ -195,15 +191,13 @@ def test_labelers_exactly(labeler, bayes, shorter, agrees):
 
 
 def test_judge_follows_the_preference():
-    """Four standard deviations around the closed form; the good labeler's degenerate tenth apart."""
-    prompt, a, b = rw.prompts()[2], "room great .", "room great , bed slow ."
-    n = 4000
+    """Four standard deviations around the closed form."""
+    prompt, a, b, n = rw.prompts()[2], "room great .", "room great , bed slow .", 4000
     for labeler, chance in (("good", logistic(8 * 0.25)), ("length_only", 0.8)):
         judged = [rw.judge(prompt, a, b, labeler=labeler, seed=0, purpose="pair", i=i) for i in range(n)]
-        given = [r for r in judged if set(r.responses) == {a, b}]
-        replaced = n - len(given)
-        if labeler == "good":  # one in ten, of which one in four or more is none of these; `room great .` is equal to a
-            assert 0.05 * n < replaced + sum(r is None for r in judged) < 0.13 * n
+        given = [r for r in judged if r and set(r.responses) == {a, b}]
+        expected = n if labeler == "length_only" else 0.9 * n  # one b in ten is replaced by a degenerate answer
+        assert abs(len(given) - expected) <= 4 * math.sqrt(n * 0.1 * 0.9)
         share = sum(r.responses[0] == a for r in given) / len(given)
         assert abs(share - chance) < 4 * math.sqrt(chance * (1 - chance) / len(given))
 
@@ -224,10 +218,8 @@ def test_judge_refuses_what_the_labeler_is_not_shown():
     prompt = rw.prompts()[2]
     assert rw.judge(prompt, "room great .", "room great .", labeler="length_only", seed=0, purpose="pair", i=0) is None
     assert rw.judge(prompt, "room great .", "bed fun , view slow .", labeler="weak", seed=0, purpose="p", i=0) is None
-    both = rw.judge(
-        prompt, "room great , pool fun .", "bed fun , view slow .", labeler="weak", seed=0, purpose="p", i=0
-    )
-    assert set(both.responses) == {"room great , pool fun .", "bed fun , view slow ."}
+    shown = ["room great , pool fun .", "bed fun , view slow ."]
+    assert set(rw.judge(prompt, *shown, labeler="weak", seed=0, purpose="pair", i=0).responses) == set(shown)
 
 
 def test_judge_in_chinese():

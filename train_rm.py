@@ -17,7 +17,7 @@ from torch import Tensor
 from minirlhf import stage
 from minirlhf.config import RMConfig
 from minirlhf.data import by_length, encode_lists, pad, step_rows
-from minirlhf.evaluate import ranking_accuracy, score_texts, write_probe
+from minirlhf.evaluate import ranking_accuracy, score_sequences, score_texts, write_probe
 from minirlhf.fit import fit
 from minirlhf.heads import RewardModel
 from minirlhf.loss import centering_penalty, ranking_loss
@@ -44,18 +44,16 @@ def main(config: RMConfig, run: Run) -> None:
     def losses(step: int) -> Iterator[tuple[Tensor, int]]:
         rows = step_rows(len(lists), c.rm.minibatch_size, step - 1, seed=c.run.seed)
         for part in by_length(rows, size, lambda r: max(map(len, lists[r].sequences))):
-            flat = [s for r in part for s in lists[r].sequences]
-            ids = pad(flat, 0, device=c.run.device)  # (N, T), N answers
-            real = pad([[True] * len(s) for s in flat], False, device=c.run.device)
+            flat = [s for r in part for s in lists[r].sequences]  # N answers
             ranks = pad([lists[r].ranks for r in part], 0, device=c.run.device)  # (b, K)
             given = pad([[True] * len(lists[r].ranks) for r in part], False, device=c.run.device)
             with stage.precision(c.run):
-                found = model(ids, real)  # (N,)
+                found = score_sequences(model, flat, size, c.run.device)  # (N,)
             scores = found.new_zeros(ranks.shape).masked_scatter(given, found)  # (b, K)
             loss = ranking_loss(scores, ranks, kind=c.rm.loss)  # (b,)
             if c.rm.centering:
                 loss = loss + c.rm.centering * centering_penalty(scores, ranks)
-            yield loss.sum() / len(rows), int(real.sum())
+            yield loss.sum() / len(rows), sum(map(len, flat))
 
     def validate() -> dict[str, float]:
         found = ranking_accuracy(model, validation, size, c.run.device) if validation else {}

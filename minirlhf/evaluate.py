@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf.data import Example, RankedList, collate, left_padded, pad
+from minirlhf.data import Example, RankedList, by_length, collate, left_padded, pad
 from minirlhf.heads import RewardModel
 from minirlhf.model import CausalLM
 from minirlhf.ops import head_stats
@@ -36,8 +36,6 @@ def sft_targets(input_ids: Tensor, trained: Tensor) -> Tensor:  # (B, T), (B, T)
 @torch.no_grad()
 def sft_loss(model: CausalLM, examples: Sequence[Example], size: int, device: str = "cpu") -> float:
     """Nats per trained token."""
-    training = model.training
-    model.eval()
     total, count = 0.0, 0
     ordered = sorted(examples, key=lambda e: len(e.ids))
     for i in range(0, len(ordered), size):
@@ -45,29 +43,27 @@ def sft_loss(model: CausalLM, examples: Sequence[Example], size: int, device: st
         targets = sft_targets(batch.input_ids, batch.trained)
         total -= float(target_stats(model, batch.input_ids, batch.attention_mask, targets).logprobs.double().sum())
         count += int((targets != IGNORE).sum())
-    model.train(training)
     return total / count
 
 
 # ---- reward model ---------------------------------------------------------------------------------------------------
 
 
+def score_sequences(
+    model: RewardModel, sequences: Sequence[Sequence[int]], size: int, device: str = "cpu"
+) -> Tensor:  # (N,)
+    """One score per token list, in their order; `size` lists of similar length share a forward, so padding is short."""
+    groups = by_length(range(len(sequences)), size, lambda i: len(sequences[i]))
+    scores = []
+    for rows in groups:
+        part = [sequences[i] for i in rows]
+        ids, real = pad(part, 0, device=device), pad([[True] * len(s) for s in part], False, device=device)
+        scores.append(model(ids, real))
+    place = torch.tensor([i for rows in groups for i in rows], device=device).argsort()
+    return torch.cat(scores)[place]
+
+
 @torch.no_grad()
-def score_sequences(model: RewardModel, sequences: Sequence[Sequence[int]], size: int, device: str = "cpu") -> Tensor:
-    """One score per token list, in its order; lists of similar length share a forward."""  # (N,)
-    training = model.training
-    model.eval()
-    scores = torch.empty(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for i in range(0, len(order), size):
-        rows = order[i : i + size]
-        ids = pad([sequences[r] for r in rows], 0, device=device)
-        real = pad([[True] * len(sequences[r]) for r in rows], False, device=device)
-        scores[rows] = model(ids, real).float().cpu()
-    model.train(training)
-    return scores
-
-
 def score_texts(
     model: RewardModel,
     tokenizer: Tokenizer,
@@ -85,6 +81,7 @@ def score_texts(
     return score_sequences(model, [s[:longest] for s in sequences], 64, device).tolist()
 
 
+@torch.no_grad()
 def ranking_accuracy(model: RewardModel, lists: Sequence[RankedList], size: int, device: str = "cpu") -> dict[str, Any]:
     """How often the order of scores is the order of ranks; equal scores count as wrong."""
     flat = score_sequences(model, [s for one in lists for s in one.sequences], size, device).tolist()

@@ -80,7 +80,7 @@ class Progress:
 
 
 def _short(name: str) -> str:
-    return name.split("/")[-1].removesuffix("_avg").removesuffix("_mean")
+    return name.removeprefix("objective/").removeprefix("response/").removesuffix("_avg").removesuffix("_mean")
 
 
 def _number(x: Any) -> str:

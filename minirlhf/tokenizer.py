@@ -9,7 +9,6 @@ a library flag against injection leaves role markers (`special: false`) and whol
 import hashlib
 import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -20,17 +19,17 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from minirlhf.errors import CheckpointError, DataError
+from minirlhf.safefile import open_file, read_json
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 SPECIAL = (PAD, EOS, UNK)  # ids 0, 1, 2 of every tokenizer made here
-NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-USUAL = {  # spellings to look for in a bare tokenizer.json, which does not say what its special tokens are for
+USUAL = {  # the special tokens that we use, and how they are spelled where no file says so
     "bos_token": ("<bos>", "<s>", "<|begin_of_text|>"),
     "eos_token": (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>"),
     "unk_token": (UNK, "[UNK]"),
     "pad_token": (PAD, "[PAD]", "<|padding|>"),
 }
-MAX_BYTES = 100 * 2**20  # of a tokenizer.json; published ones reach 35 MB
+MAX_BYTES, MAX_CONFIG = 100 << 20, 16 << 20  # of tokenizer.json (published ones reach 35 MB) and the files beside it
 
 
 class Tokenizer:
@@ -40,21 +39,21 @@ class Tokenizer:
         """`names` maps bos_token, eos_token, unk_token, pad_token to spellings that `full` holds."""
         full.no_truncation()
         full.no_padding()
+        full.add_special_tokens(list(names.values()))  # some files hold them as ordinary words
         self._full = full
         self.names = names
-        self.chat_template = chat_template  # kept for the folders we write; never run
-        added = full.get_added_tokens_decoder()
-        # runs of spaces are ordinary text that some tokenizers hold as added tokens
-        plain = {i for i, token in added.items() if not token.special and token.content.isspace()}
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.chat_template = chat_template  # handed on to the folders we write; never run
         ids = {name: full.token_to_id(spelling) for name, spelling in names.items()}
         self.bos_id: int | None = ids.get("bos_token")
         self.eos_id: int | None = ids.get("eos_token")
         self.unk_id: int | None = ids.get("unk_token")
-        self.pad_id: int | None = ids.get("pad_token", self.eos_id)  # what is padding is said by masks, never by this
-        self.added_ids = frozenset(added) - plain | {i for i in ids.values() if i is not None}
-        self._user = _without_added(full, {added[i].content for i in plain})
-        self._renumber = {self._user.token_to_id(added[i].content): i for i in plain}
+        self.pad_id: int | None = ids.get("pad_token", self.eos_id)  # what is padding, masks say, never this id
+        added = full.get_added_tokens_decoder()
+        # some tokenizers hold runs of spaces, which are ordinary text, as added tokens
+        plain = {i: token.content for i, token in added.items() if not token.special and token.content.isspace()}
+        self.added_ids = frozenset(added) - plain.keys()  # these never come out of text
+        self._user = _without_added(full, set(plain.values()))
+        self._renumber = {self._user.token_to_id(content): i for i, content in plain.items()}
 
     # ---- text ↔ ids -------------------------------------------------------------------------------------------------
 
@@ -63,14 +62,13 @@ class Tokenizer:
         spells one becomes <unk>."""
         try:
             found = self._user.encode(text, add_special_tokens=False).ids
-        except TypeError as e:  # what the library says of a lone surrogate
-            raise DataError(f"text {text[:40]!a} is not valid Unicode: it holds a lone surrogate") from e
+        except Exception as e:
+            why = "it holds a lone surrogate" if isinstance(e, TypeError) else str(e)[:100]
+            raise DataError(f"text {text[:40]!a} cannot be tokenised: {why}") from e
         ids = [self._renumber.get(i, i) for i in found]
         if not self.added_ids.isdisjoint(ids):
-            if self.unk_id is None:
-                raise DataError(
-                    f"text {text[:40]!r} spells a special token, and this tokenizer has no <unk> to put there"
-                )
+            if self.unk_id in (None, self.bos_id, self.eos_id, self.pad_id):
+                raise DataError(f"text {text[:40]!a} spells a special token, and there is no <unk> to put in its place")
             ids = [self.unk_id if i in self.added_ids else i for i in ids]
         return ids
 
@@ -115,23 +113,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """A folder, or a bare tokenizer.json, whose special tokens are then told by their usual spellings."""
+        """A folder, or a tokenizer.json. Raises CheckpointError."""
         path = Path(path)
         if not path.is_dir():
             full = _parse(path)
-            vocab = full.get_vocab(with_added_tokens=True)
-            found = {name: next((s for s in spellings if s in vocab), None) for name, spellings in USUAL.items()}
-            return cls(full, {name: spelling for name, spelling in found.items() if spelling is not None})
+            return cls(full, _usual_names(full))
         if not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
             raise CheckpointError(
                 f"{path / 'tokenizer.model'}: SentencePiece is not read; make a tokenizer.json with transformers: "
                 f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
-        full = _parse(path / "tokenizer.json")
-        config = _read_object(path / "tokenizer_config.json")
-        names = _special_names(path, config)
-        if not names:
-            return cls.load(path / "tokenizer.json")
+        full, config = _parse(path / "tokenizer.json"), _read_object(path / "tokenizer_config.json")
+        names = _special_names(path, full, config)
         _check_folder(path, full, names, config)
         return cls(full, names, _chat_template(path, config))
 
@@ -185,93 +178,82 @@ class Tokenizer:
 
 
 def _without_added(full: tokenizers.Tokenizer, keep: set[str]) -> tokenizers.Tokenizer:
-    """A copy that does not know the added tokens, but for those in `keep`; it may number these anew."""
+    """A copy that does not know the added tokens, but for those in `keep`, which it may number anew."""
     data = json.loads(full.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in keep]
     data["post_processor"] = None  # refers to special tokens
     return tokenizers.Tokenizer.from_str(json.dumps(data))
 
 
-def _read(path: Path) -> bytes:
+def _parse(path: Path) -> tokenizers.Tokenizer:
+    with open_file(path) as (file, size):
+        if size > MAX_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_BYTES} that a tokenizer may have")
+        data = file.read()
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: is no regular file")
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise CheckpointError(f"{path}: {e.strerror or e}") from e
-    if len(data) > MAX_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_BYTES >> 20} MB, which no tokenizer is")
-    return data
+        full = tokenizers.Tokenizer.from_str(data.decode("utf-8-sig"))
+        ids = full.get_vocab(with_added_tokens=True).values()
+    except Exception as e:
+        raise CheckpointError(f"{path}: is no usable tokenizer.json ({str(e)[:200]})") from e
+    if not ids or max(ids) > 2 * len(ids) + 1024:
+        raise CheckpointError(f"{path}: {len(ids)} tokens with ids up to {max(ids, default=0)}")
+    return full
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(_read(path).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e:
-        if isinstance(e, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not valid JSON ({e})") from e
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return data
+    return read_json(path, MAX_CONFIG) if os.path.lexists(path) else {}
 
 
-def _parse(path: Path) -> tokenizers.Tokenizer:
-    data = _read(path)
-    try:
-        full = tokenizers.Tokenizer.from_str(data.decode("utf-8-sig"))
-        empty = not full.get_vocab(with_added_tokens=True)
-    except Exception as e:
-        raise CheckpointError(f"{path}: not a tokenizer.json ({str(e)[:200]})") from e
-    if empty:
-        raise CheckpointError(f"{path}: holds no token")
-    return full
-
-
-def _special_names(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token ... → spelling, from tokenizer_config.json, else special_tokens_map.json."""
-    names = {}
-    for source, data in (
-        (folder / "special_tokens_map.json", _read_object(folder / "special_tokens_map.json")),
-        (folder / "tokenizer_config.json", config),
-    ):
-        for name in NAMES:
+def _special_names(folder: Path, full: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, str]:
+    """Spellings of the special tokens: of tokenizer_config.json, special_tokens_map.json, or by the ids in config.json
+    where neither names any, or usual ones."""
+    names: dict[str, str] = {}
+    for data in (config, _read_object(folder / "special_tokens_map.json")):
+        for name in USUAL:
             value = data.get(name)
-            if isinstance(value, dict):
-                value = value.get("content")
-            if value is None:
-                continue
-            if not isinstance(value, str):
-                raise CheckpointError(f"{source}: {name} {value!r} is no text")
-            names[name] = value
-    return names
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                names.setdefault(name, value)
+            elif value is not None:
+                raise CheckpointError(f"{folder}: {name} {str(value)[:40]} of the tokenizer's configuration is no text")
+    if names:
+        return names
+    model = _read_object(folder / "config.json")
+    for name in USUAL:
+        token_id = model.get(f"{name}_id")
+        spelling = full.id_to_token(token_id) if isinstance(token_id, int) and 0 <= token_id < 2**31 else None
+        if spelling is not None:
+            names[name] = spelling
+    return _usual_names(full) | names
+
+
+def _usual_names(full: tokenizers.Tokenizer) -> dict[str, str]:
+    """What a bare tokenizer.json does not say: which of its tokens are special, by their usual spellings."""
+    found = {name: [s for s in spellings if full.token_to_id(s) is not None] for name, spellings in USUAL.items()}
+    return {name: spellings[0] for name, spellings in found.items() if spellings}
 
 
 def _check_folder(folder: Path, full: tokenizers.Tokenizer, names: dict[str, str], config: dict[str, Any]) -> None:
-    """tokenizer.json must hold every special token, under the id that tokenizer_config.json and config.json state."""
-    stated: list[tuple[str, str, Any]] = []
+    """tokenizer.json must hold every special token, under the id that tokenizer_config.json and config.json state, and
+    no id beyond the embedding."""
+    file, model = folder / "tokenizer.json", _read_object(folder / "config.json")
     decoder = config.get("added_tokens_decoder")
+    stated = [(spelling, model.get(f"{name}_id"), f"{name}_id of config.json") for name, spelling in names.items()]
     for key, token in decoder.items() if isinstance(decoder, dict) else ():
         content = token.get("content") if isinstance(token, dict) else token
-        stated.append(("tokenizer_config.json: added_tokens_decoder", str(content), key))
-    model = _read_object(folder / "config.json")
-    for name, spelling in names.items():
-        stated.append(("config.json: " + name, spelling, model.get(name + "_id")))
-    for where, spelling, ids in stated:
+        stated.append((str(content), key, "added_tokens_decoder of tokenizer_config.json"))
+    for spelling, ids, source in stated:
         actual = full.token_to_id(spelling)
         if actual is None:
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: does not hold {spelling!r}, named by {where}")
-        allowed = ids if isinstance(ids, list) else [ids]
-        if ids is not None and str(actual) not in map(str, allowed):
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: {spelling!r} has id {actual}, but {ids} by {where}")
-    largest = max(full.get_vocab(with_added_tokens=True).values())
-    rows = model.get("vocab_size")
+            raise CheckpointError(f"{file}: does not hold {spelling[:40]!r}, which the folder names as a special token")
+        if ids is not None and str(actual) not in map(str, ids if isinstance(ids, list) else [ids]):
+            raise CheckpointError(
+                f"{file}: holds {spelling[:40]!r} under id {actual}, not {str(ids)[:40]}, as {source}"
+            )
+    rows, largest = model.get("vocab_size"), max(full.get_vocab(with_added_tokens=True).values())
     if isinstance(rows, int) and largest >= rows:
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: id {largest} is beyond the {rows} rows of the embedding")
+        raise CheckpointError(f"{file}: token id {largest} is beyond the {rows} rows of the embedding")
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -279,4 +261,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(config.get("chat_template"), str):
         return config["chat_template"]
     path = folder / "chat_template.jinja"
-    return _read(path).decode("utf-8", "replace") if path.is_file() else None
+    if not os.path.lexists(path):
+        return None
+    with open_file(path) as (file, _):
+        return file.read(MAX_CONFIG).decode("utf-8", "replace")

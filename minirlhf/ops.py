@@ -1,0 +1,305 @@
+"""What a model says about tokens: log-probs, entropy, log-sum-exp, KL; the formulas, and the one switch to Triton.
+
+What goes wrong: logits rounded to bf16 before the log-sum-exp (6 % of ratio noise), one temperature in sampling and
+another in training, and the (N, V) logits themselves, which are larger than everything else together.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BUDGET = 256 * 2**20  # bytes of fp32 logits that `head_stats` holds at once
+
+
+def token_logprobs(
+    logits: Tensor,  # (..., V)
+    targets: Tensor,  # (...) int64
+    *,
+    temperature: float = 1.0,  # τ
+) -> Tensor:  # (...) at least fp32
+    """log p_a = z_a - log Σ e^z with z = logits/τ."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return z.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+def kl_estimate(
+    logprobs: Tensor,  # (...) log π(a), a drawn from π
+    ref_logprobs: Tensor,  # (...) log π_ref(a)
+    kind: str,  # "k1" | "k2" | "k3" | "abs"
+) -> Tensor:  # (...)
+    """Estimates of KL(π ‖ π_ref) from one sample (Schulman 2020, "Approximating KL divergence"), x = log π - log π_ref.
+
+    k1 = x · k2 = x²/2 · k3 = e^(-x) - 1 + x · abs = |x|, which is no KL. k1 and k3 are unbiased, k2 and k3 never
+    negative. Raises ValueError for another kind.
+    """
+    wide = torch.promote_types(torch.promote_types(logprobs.dtype, ref_logprobs.dtype), torch.float32)
+    x = logprobs.to(wide) - ref_logprobs.to(wide)
+    if kind == "k1":
+        return x
+    if kind == "k2":
+        return x.square() / 2
+    if kind == "k3":
+        return torch.expm1(-x) + x
+    if kind == "abs":
+        return x.abs()
+    raise ValueError(f"kl_estimate: kind {kind!r} is none of k1, k2, k3, abs")
+
+
+class HeadStats(NamedTuple):
+    """Per row, (N,) each, at least fp32; None: not asked for."""
+
+    logprobs: Tensor | None  # log p_a
+    entropy: Tensor | None  # -Σ p log p
+    lse: Tensor | None  # log Σ e^z
+    kl: Tensor | None  # Σ p (log p - log q), q the reference
+
+
+def head_stats(  # noqa: PLR0913  (the output layer with everything that belongs to it)
+    hidden: Tensor,  # (N, C)
+    weight: Tensor,  # (V, C)
+    targets: Tensor,  # (N,) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,  # τ
+    softcap: float | None = None,
+    ref_hidden: Tensor | None = None,  # (N, C'), for "kl"
+    ref_weight: Tensor | None = None,  # (V, C'); None: `weight`
+    want: tuple[str, ...] = ("logprobs",),  # fields of HeadStats
+    ignore_index: int = -100,  # rows with this target give 0 and no gradient
+    impl: str = "auto",  # "auto" | "torch" | "triton"
+) -> HeadStats:
+    """Statistics of softmax(z) per row, without ever holding the (N, V) logits.
+
+    u = W h + b,  z = softcap·tanh(u/softcap)/τ,  log p = z - log Σ e^z. The reference: the same softcap and τ, no bias,
+    no gradient. Differentiable in hidden, weight and bias. "auto" is Triton on CUDA where it is installed, else torch.
+
+    Raises ValueError for a wrong `want` or `impl`, RuntimeError where Triton is asked for and cannot run.
+    """
+    N, C = hidden.shape
+    assert weight.ndim == 2 and weight.shape[1] == C and targets.shape == (N,), (
+        hidden.shape, weight.shape, targets.shape,
+    )  # fmt: skip
+    if not want or not set(want) <= set(HeadStats._fields):
+        raise ValueError(f"head_stats: want {tuple(want)} must name some of {', '.join(HeadStats._fields)}")
+    if "kl" in want and ref_hidden is None:
+        raise ValueError("head_stats: kl needs ref_hidden")
+    body = _choose(impl, hidden)
+    kept = (targets != ignore_index).nonzero()[:, 0]  # (n,) often less than half of the rows
+    ref = (None, None)
+    if "kl" in want and ref_hidden is not None:
+        ref_weight = weight if ref_weight is None else ref_weight
+        assert ref_hidden.shape == (N, ref_weight.shape[1]), (ref_hidden.shape, ref_weight.shape)
+        ref = ref_hidden.detach().index_select(0, kept), ref_weight.detach()
+    with torch.autocast(hidden.device.type, enabled=False):
+        stats = body(
+            hidden.index_select(0, kept), weight, targets.index_select(0, kept), bias=bias, temperature=temperature,
+            softcap=softcap, ref_hidden=ref[0], ref_weight=ref[1], want=tuple(want),
+        )  # fmt: skip
+        return HeadStats(*(x if x is None else x.new_zeros(N).index_copy(0, kept, x) for x in stats))
+
+
+def _choose(impl: str, hidden: Tensor) -> Any:
+    """The body of `head_stats`. Both take its arguments, less `impl` and without ignored rows, and give 4 results."""
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"head_stats: impl {impl!r} is none of auto, torch, triton")
+    installed = importlib.util.find_spec("triton") is not None
+    if impl == "torch" or (impl == "auto" and not (hidden.is_cuda and installed and hidden.dtype != torch.float64)):
+        return head_stats_torch
+    if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("impl='triton' needs tensors on a CUDA device, or TRITON_INTERPRET=1; else use impl='torch'")
+    if not installed:
+        raise RuntimeError("impl='triton' needs the package triton: pip install triton; else use impl='torch'")
+    try:
+        return importlib.import_module("minirlhf.kernels.head").head_stats_triton
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"impl='triton' cannot load the kernels: {error}; else use impl='torch'") from error
+
+
+# ---- the torch tier -------------------------------------------------------------------------------------------------
+
+
+def head_stats_torch(
+    hidden: Tensor,  # (N, C)
+    weight: Tensor,  # (V, C)
+    targets: Tensor,  # (N,)
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    want: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:  # the fields of HeadStats, (N,) each
+    """A chunk of rows at a time; the backward pass makes each chunk's logits again, unless the weight is frozen."""
+    plan = _Plan(want, temperature, softcap, torch.is_grad_enabled())
+    return _Head.apply(hidden, weight, bias, targets, ref_hidden, ref_weight, plan)
+
+
+class _Plan(NamedTuple):
+    want: tuple[str, ...]
+    temperature: float
+    softcap: float | None
+    grad: bool
+
+
+class _Chunk(NamedTuple):
+    """What one chunk of n rows holds while it is worked on."""
+
+    targets: Tensor  # (n,)
+    v: Tensor | None  # (n, V) softcapped logits before τ; None without softcap
+    logp: Tensor  # (n, V)
+    ratio: Tensor | None  # (n, V) log p - log q
+    stats: dict[str, Tensor]  # (n,) each
+
+
+class _Head(torch.autograd.Function):
+    """With upstream gradients A (logprobs), E (entropy), S (lse), K (kl), per row:
+
+    dz_i = p_i [-A + S - E (log p_i + H) + K (log p_i - log q_i - kl)] + A·1[i = a]
+    du = dz (1 - (v/softcap)²)/τ,  dh = du W,  dW = duᵀ h,  db = Σ du
+
+    Frozen weight: the rows of dh for A = 1, E = 1, S = 1, K = 1 are made in the forward pass, which is then the only one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        plan: _Plan,
+    ) -> tuple[Tensor | None, ...]:
+        """Statistics; with a frozen weight also the slopes d statistic/d hidden."""
+        ctx.set_materialize_grads(False)
+        dtype = wide_type(hidden, weight)
+        out = {name: hidden.new_empty(len(hidden), dtype=dtype) for name in plan.want}
+        need_hidden, need_weight, need_bias = (plan.grad and need for need in ctx.needs_input_grad[:3])
+        ctx.frozen = need_hidden and not need_weight and not need_bias
+        slopes = [hidden.new_empty(hidden.shape, dtype=dtype) for _ in plan.want] if ctx.frozen else []
+        inputs = (hidden, weight, bias, targets, ref_hidden, ref_weight)
+        for rows in _row_chunks(len(hidden), len(weight)):
+            chunk = _chunk(rows, inputs, plan)
+            for name in plan.want:
+                out[name][rows] = chunk.stats[name]
+            for name, slope in zip(plan.want, slopes, strict=False):
+                one = {name: torch.ones_like(out[name][rows])}
+                slope[rows] = product(_logit_gradient(chunk, one, plan), weight)
+        ctx.plan, ctx.dtype = plan, hidden.dtype
+        ctx.save_for_backward(*(slopes if ctx.frozen else inputs))
+        return tuple(out.get(name) for name in HeadStats._fields)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight and bias."""
+        given = {name: g for name, g in zip(HeadStats._fields, upstream, strict=True) if g is not None}
+        none = (None,) * 4
+        if not given:
+            return None, None, None, *none
+        if ctx.frozen:
+            slopes = dict(zip(ctx.plan.want, ctx.saved_tensors, strict=True))
+            dh = sum(g[:, None] * slopes[name] for name, g in given.items())
+            return dh.to(ctx.dtype), None, None, *none
+        inputs = ctx.saved_tensors
+        hidden, weight, bias = inputs[:3]
+        dtype = wide_type(hidden, weight)
+        dh, dw, db = (
+            torch.zeros_like(x, dtype=dtype) if need else None
+            for x, need in zip(inputs[:3], ctx.needs_input_grad, strict=False)
+        )
+        for rows in _row_chunks(len(hidden), len(weight)):
+            chunk = _chunk(rows, inputs, ctx.plan)
+            du = _logit_gradient(chunk, {name: g[rows] for name, g in given.items()}, ctx.plan)  # (n, V)
+            if dh is not None:
+                dh[rows] = product(du, weight)
+            if dw is not None:
+                dw += product(du.T, hidden[rows])
+            if db is not None:
+                db += du.sum(0)
+        cast = (
+            x if x is None else x.to(like.dtype) for x, like in zip((dh, dw, db), (hidden, weight, bias), strict=True)
+        )
+        return *cast, *none
+
+
+def _row_chunks(N: int, V: int) -> Iterator[slice]:
+    """Rows within the budget, but not less than 256, which would starve the product; and at least 4 chunks."""
+    size = max(1, min(max(BUDGET // (4 * V), 256), -(-N // 4)))
+    return (slice(start, start + size) for start in range(0, N, size))
+
+
+def _chunk(rows: slice, inputs: tuple[Tensor | None, ...], plan: _Plan) -> _Chunk:
+    """Logits and statistics of some rows. The maximum is taken out first: a large common offset costs no digits."""
+    hidden, weight, bias, targets, ref_hidden, ref_weight = inputs
+    v, logp, lse = _log_softmax(hidden[rows], weight, bias, plan)
+    stats = {"lse": lse, "logprobs": logp.gather(1, targets[rows][:, None])[:, 0]}
+    ratio = None
+    if "entropy" in plan.want:
+        stats["entropy"] = -(logp.exp() * logp).sum(1)
+    if "kl" in plan.want:
+        ratio = logp - _log_softmax(ref_hidden[rows], ref_weight, None, plan)[1]  # (n, V)
+        stats["kl"] = (logp.exp() * ratio).sum(1)
+    return _Chunk(targets[rows], v, logp, ratio, stats)
+
+
+def _log_softmax(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(n, C), (V, C) → v (n, V) or None, log p (n, V), lse (n,)."""
+    z, v = product(hidden, weight.T), None
+    if bias is not None:
+        z += bias
+    if plan.softcap is not None:
+        v = plan.softcap * torch.tanh(z / plan.softcap)
+        z = v / plan.temperature
+    elif plan.temperature != 1.0:
+        z /= plan.temperature
+    top = z.amax(1, keepdim=True)
+    z -= top
+    rest = z.exp().sum(1, keepdim=True).log()
+    z -= rest
+    return v, z, (top + rest)[:, 0]
+
+
+def _logit_gradient(chunk: _Chunk, given: dict[str, Tensor], plan: _Plan) -> Tensor:  # (n, V) du
+    """The formula in the docstring of `_Head`; `given` are upstream gradients (n,)."""
+    p = chunk.logp.exp()
+    factor = torch.zeros_like(p)
+    for name, g in given.items():
+        up = g[:, None]
+        if name == "logprobs":
+            factor -= up
+        elif name == "lse":
+            factor += up
+        elif name == "entropy":
+            factor -= up * (chunk.logp + chunk.stats["entropy"][:, None])
+        else:
+            factor += up * (chunk.ratio - chunk.stats["kl"][:, None])
+    dz = factor.mul_(p)
+    if "logprobs" in given:
+        dz.scatter_add_(1, chunk.targets[:, None], given["logprobs"][:, None])
+    if chunk.v is not None:
+        dz *= 1.0 - (chunk.v / plan.softcap).square()
+    return dz.div_(plan.temperature)
+
+
+def wide_type(a: Tensor, b: Tensor) -> torch.dtype:
+    """Of sums and results: at least fp32."""
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at least fp32
+    """A matrix product summed in fp32 and not rounded back: of bf16 factors on CUDA, of widened ones elsewhere."""
+    if b.is_cuda and b.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+    dtype = wide_type(a, b)
+    return torch.mm(a.to(dtype), b.to(dtype))

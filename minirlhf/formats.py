@@ -18,15 +18,17 @@ from minirlhf.rows import Bad, Source, array_rows, json_rows, text_rows
 
 __all__ = ["FORMATS", "SFT", "Dropped", "Prompt", "Ranking", "Record", "Scored", "Summary", "read_records"]
 
+Reader = Callable[[Row, Notes], Iterator[Record]]
+
 
 class Format(NamedTuple):
     """A reader and the keys by which its rows are known."""
 
-    read: Callable[[Row, Notes], Iterator[Record]]
+    read: Reader
     keys: tuple[frozenset[str], ...]  # each set is one way to be this format
 
 
-def _format(read: Callable[[Row, Notes], Iterator[Record]], *keys: str) -> Format:
+def _format(read: Reader, *keys: str) -> Format:
     return Format(read, tuple(frozenset(k.split()) for k in keys))
 
 
@@ -45,9 +47,9 @@ FORMATS: dict[str, Format] = {
     "webgpt": _format(readers.webgpt, "question answer_0 answer_1 score_0 score_1"),
     "stack-exchange": _format(readers.stack_exchange, "question response_j response_k"),
     "scored": _format(readers.scored, "text label", "prompt response label", "prompt completion label"),
-    "alpaca": _format(readers.pairs_of("instruction", "input", "output"), "instruction output"),
-    "dolly": _format(readers.pairs_of("instruction", "context", "response"), "instruction response"),
-    "sft": _format(readers.pairs_of("prompt", "input", "response"), "prompt response"),
+    "alpaca": _format(readers.instruction, "instruction output"),
+    "dolly": _format(readers.instruction, "instruction response"),
+    "sft": _format(readers.prompt_response, "prompt response"),
     "completion": _format(readers.completion, "prompt completion"),
     "sharegpt": _format(readers.sharegpt, "conversations"),
     "messages": _format(readers.messages, "messages"),
@@ -61,6 +63,8 @@ FORMATS: dict[str, Format] = {
 LINES = {"tsv": "columns", "prompts": "prompt", "text": "text"}  # formats of plain lines → the key a line gets
 PAYLOAD = frozenset().union(*(keys for f in FORMATS.values() for keys in f.keys)) - {"prompt", "text"}
 LOOK = 64  # first rows that decide which format a file has
+SHOWN = 5  # bad rows that an error names
+MAX_DROPPED = 100_000  # bad rows of a file that is worth reading on
 
 
 class Dropped(NamedTuple):
@@ -109,32 +113,47 @@ def read_records(
         raise UsageError(f"{path}: data.on_bad_row {on_bad_row} is unknown; choose error or drop")
     summary = Summary(str(path))
     records: list[Record] = []
+    most = SHOWN if on_bad_row == "error" else MAX_DROPPED
     with Source(path) as source:
         summary.format, rows = _rows(source, format)
-        read = FORMATS[summary.format].read
         for line, row in rows:
             summary.read += 1
             try:
-                if isinstance(row, Bad):
-                    raise row
-                made = list(read(row, summary.notes))
+                made, notes = _records(FORMATS[summary.format].read, row, line)
             except Bad as bad:
                 summary.dropped.append(Dropped(line, bad.reason, str(bad)))
+                if len(summary.dropped) >= most:
+                    break
                 continue
-            for record in made:
-                record.line = line
-            records += made
             summary.kept += 1
-    if on_bad_row == "error" and summary.dropped:
+            summary.notes += notes
+            records += made
+    if not summary.read:
+        raise DataError(f"{path}: holds no row")
+    if len(summary.dropped) >= MAX_DROPPED:
+        raise DataError(f"{path}: {MAX_DROPPED} bad rows, the last {summary.dropped[-1].what}; see data.format")
+    if summary.dropped and on_bad_row == "error":
         raise DataError(_refusal(summary))
     return records, summary
 
 
+def _records(read: Reader, row: Row | Bad, line: int) -> tuple[list[Record], Notes]:
+    """What a row holds; a row of several records is taken whole or not at all."""
+    if isinstance(row, Bad):
+        raise row
+    notes: Notes = Counter()
+    made = list(read(row, notes))
+    if not made:
+        raise Bad("empty_response", remark="no answer")
+    for record in made:
+        record.line = line
+    return made, notes
+
+
 def _refusal(summary: Summary) -> str:
     first, *more = summary.dropped
-    others = f"; also line {', '.join(str(row.line) for row in more[:4])}" if more else ""
-    others += f" and {len(more) - 4} more" if len(more) > 4 else ""
-    return f"{summary.path}:{first.line}: {first.what}{others}; data.on_bad_row drop leaves bad rows out"
+    also = f"; also line {', '.join(str(row.line) for row in more)}" if more else ""
+    return f"{summary.path}:{first.line}: {first.what}{also}; data.on_bad_row drop leaves bad rows out"
 
 
 # ---- which format ---------------------------------------------------------------------------------------------------
@@ -145,15 +164,17 @@ def _rows(source: Source, name: str) -> tuple[str, Iterator[tuple[int, Any]]]:
     lines = source.lines()
     first = next(lines, None)
     if first is None:
-        raise DataError(f"{source.path}: holds no row")
+        return name, iter(())
     start = first.lstrip()[:1]
-    if name == "auto" and (str(source.path).removesuffix(".gz").endswith(".tsv") or start not in (b"[", b"{")):
+    json = start in (b"[", b"{")
+    if name == "auto" and (not json or str(source.path).removesuffix(".gz").endswith(".tsv")):
         name = "tsv" if b"\t" in first else "prompts"
-    if name == "tsv" or (name in LINES and start not in (b"[", b"{")):
+        json = False
+    if name == "tsv" or (name in LINES and not json):
         return name, _plain(text_rows(source, chain([first], lines)), LINES[name])
     rows = array_rows(source, first) if start == b"[" else json_rows(source, chain([first], lines))
     head = list(islice(rows, LOOK))
-    if name == "auto":
+    if name == "auto" and head:
         name = _detect(source.path, head)
     return name, chain(head, rows)
 
@@ -172,29 +193,27 @@ def _plain(rows: Iterable[tuple[int, str | Bad]], key: str) -> Iterator[tuple[in
 
 
 def _detect(path: Path | str, head: list[tuple[int, Any]]) -> str:
-    """The format that most of the first rows have; of equals, the one with more keys."""
+    """The format that most of the first rows have; of equals, the one that asks for more keys."""
     votes: Counter[str] = Counter()
     for line, row in head:
         names = _matches(row) if isinstance(row, dict) else []
         if len(names) > 1:
             raise DataError(f"{path}:{line}: keys of the formats {' and '.join(names)}; say data.format, which it is")
         votes.update(names)
-    if not votes:
-        line, row = head[0] if head else (1, Bad("no row", remark="an empty array"))
-        what = (
-            row
-            if isinstance(row, Bad)
-            else f"missing_key (keys {', '.join(row)[:200]} are no format's; see data.format)"
-        )
-        raise DataError(f"{path}:{line}: {what}")
-    return max(votes, key=lambda name: (votes[name], max(map(len, FORMATS[name].keys))))
+    if votes:
+        return max(votes, key=lambda name: (votes[name], max(map(len, FORMATS[name].keys))))
+    line, row = head[0]
+    if isinstance(row, Bad):
+        raise DataError(f"{path}:{line}: {row}")
+    keys = ascii(", ".join(row))[1:101]
+    raise DataError(f"{path}:{line}: missing_key (the keys {keys} are those of no format; see data.format)")
 
 
 def _matches(row: Row) -> list[str]:
     """Formats whose keys the row has, without those that ask for less than another one of them."""
-    found = {
-        name: keys for name, f in FORMATS.items() for keys in sorted(f.keys, key=len) if keys and keys <= row.keys()
-    }
-    if len(found) == 1 and found.keys() <= {"prompts", "text"} and row.keys() & PAYLOAD:
+    found = [(name, keys) for name, f in FORMATS.items() for keys in f.keys if keys <= row.keys()]
+    strong = [(name, keys) for name, keys in found if name not in ("prompts", "text")]
+    if not strong and row.keys() & PAYLOAD:
         return []  # a preference without its other half is no prompt
-    return [name for name, keys in found.items() if not any(keys < other for other in found.values())]
+    found = strong or found
+    return sorted({name for name, keys in found if not any(keys < other for _, other in found)})

@@ -6,7 +6,7 @@ rows with an empty answer that teach "empty wins".
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,22 @@ from minirlhf.rows import Bad
 
 Row = dict[str, Any]
 Turn = tuple[str, str]  # role (system, user, input, assistant) and text
-Notes = Counter[str]  # parts of rows that were left out, by name
+Notes = Counter[str]  # parts of a row that a reader left out, by name
 
 
 @dataclass(slots=True)
 class SFT:
-    """A prompt and its answer; an empty prompt makes it a plain text. `turns` where prompt and answer are not all."""
+    """A prompt and its answer; an empty prompt makes it a plain text."""
 
     prompt: str
     response: str
-    turns: tuple[Turn, ...] = ()
+    context: tuple[Turn, ...] = ()  # the turns before the answer, where they are more than the one prompt
     line: int = 0
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The whole conversation, where it is more than a prompt and its answer."""
+        return (*self.context, ("assistant", self.response)) if self.context else ()
 
 
 @dataclass(slots=True)
@@ -139,14 +144,14 @@ def _turns(messages: list[Row], role_key: str, text_key: str, notes: Notes) -> l
         name = _text(message, role_key, blank="unknown_role")
         role = ROLES.get(name)
         if role is None:
-            raise Bad("unknown_role", role_key, name[:40])
+            raise Bad("unknown_role", role_key, ascii(name[:40]))
         blank = {"user": "empty_prompt", "assistant": "empty_response", "system": ""}[role]
         text = _text(message, text_key, blank=blank)
         previous = turns[-1][0] if turns else ""
         if role == "assistant" and previous in ("", "system"):
             notes["leading_answer"] += 1
         elif role == previous or (role == "system" and previous):
-            raise Bad("unknown_role", role_key, f"{name[:40]} after {previous}")
+            raise Bad("unknown_role", role_key, f"{role} after {previous}")
         elif role != "system" or text.strip():
             turns.append((role, text))
     return turns
@@ -159,8 +164,8 @@ def _conversation(messages: list[Row], role_key: str, text_key: str, notes: Note
         turns.pop()
     if not turns or turns[-1][0] != "assistant":
         raise Bad("empty_response", remark="no answer of the assistant")
-    prompt = "\n\n".join(text for _, text in turns[:-1])
-    return SFT(prompt, turns[-1][1], tuple(turns) if len(turns) > 2 else ())
+    *context, (_, answer) = turns
+    return SFT("\n\n".join(text for _, text in context), answer, tuple(context) if len(context) > 1 else ())
 
 
 def _single_turn(messages: list[Row], key: str) -> tuple[str, str]:
@@ -182,9 +187,7 @@ def _split_transcript(row: Row, key: str) -> tuple[str, str]:
     text = _text(row, key)
     before, marker, answer = text.rpartition(ASSISTANT)
     if not marker or not text.startswith(HUMAN) or HUMAN in answer:
-        raise Bad(
-            "wrong_type", key, "no transcript from \\n\\nHuman: to an answer after \\n\\nAssistant:; give a prompt"
-        )
+        raise Bad("wrong_type", key, "neither a transcript of Human: and Assistant: nor beside a prompt")
     if not answer.strip():
         raise Bad("empty_response", key)
     return before + marker, answer
@@ -220,7 +223,7 @@ def _from_messages(row: Row) -> tuple[str, list[str]]:
     given = row.get("prompt")
     if isinstance(given, list):
         prompts = _objects(row, "prompt")
-        if len(prompts) != 1 or ROLES.get(prompts[0].get("role")) != "user":
+        if len(prompts) != 1 or _text(prompts[0], "role") != "user":
             raise Bad("wrong_type", "prompt", "only one question can be ranked")
         questions.add(_prompt(prompts[0], "content"))
     elif given is not None:
@@ -231,12 +234,14 @@ def _from_messages(row: Row) -> tuple[str, list[str]]:
 
 
 def native_ranking(row: Row, notes: Notes) -> Iterator[Record]:
+    """prompt, responses, and one rank per response."""
     responses = _list(row, "responses")
     texts = [_text({f"responses[{i}]": text}, f"responses[{i}]") for i, text in enumerate(responses)]
     yield _ranking(_prompt(row, "prompt"), texts, _list(row, "ranks"))
 
 
 def ultrafeedback_raw(row: Row, notes: Notes) -> Iterator[Record]:
+    """A ranking by the overall score; equal scores tie."""
     completions = _objects(row, "completions")
     texts = [_text(c, "response") for c in completions]
     yield _by_score(_prompt(row, "instruction"), texts, [_number(c, "overall_score") for c in completions])
@@ -258,6 +263,7 @@ def summarize(row: Row, notes: Notes) -> Iterator[Record]:
 
 
 def lm_human_preferences(row: Row, notes: Notes) -> Iterator[Record]:
+    """The best of four samples; published files hold token ids, which only GPT-2's tokenizer can read."""
     if any(isinstance(row[key], list) for key in ("query", "sample0")):
         raise Bad("wrong_type", "query", "GPT-2 token ids; decode them into text first")
     samples, best = [_text(row, f"sample{i}") for i in range(4)], _get(row, "best")
@@ -267,16 +273,19 @@ def lm_human_preferences(row: Row, notes: Notes) -> Iterator[Record]:
 
 
 def webgpt(row: Row, notes: Notes) -> Iterator[Record]:
+    """Two answers and their scores; a tie prefers nothing and is refused."""
     question = _get(row, "question")
     prompt = _prompt(question, "full_text") if isinstance(question, dict) else _prompt(row, "question")
     yield _by_score(prompt, [_text(row, f"answer_{i}") for i in (0, 1)], [_number(row, f"score_{i}") for i in (0, 1)])
 
 
 def stack_exchange(row: Row, notes: Notes) -> Iterator[Record]:
+    """response_j was voted above response_k."""
     yield _ranking(_prompt(row, "question"), [_text(row, "response_j"), _text(row, "response_k")], [1, 2])
 
 
 def scored(row: Row, notes: Notes) -> Iterator[Record]:
+    """A text, or a prompt and its answer, with a label."""
     label = _get(row, "label")
     if not isinstance(label, int | float) or not 0 <= label <= 1:
         raise Bad("label_invalid", "label", "not a number from 0 to 1")
@@ -293,20 +302,23 @@ def scored(row: Row, notes: Notes) -> Iterator[Record]:
 def _with_input(prompt: str, extra: str, response: str) -> SFT:
     if not extra.strip():
         return SFT(prompt, response)
-    return SFT(f"{prompt}\n{extra}", response, (("user", prompt), ("input", extra), ("assistant", response)))
+    return SFT(f"{prompt}\n{extra}", response, (("user", prompt), ("input", extra)))
 
 
-def pairs_of(prompt: str, extra: str, response: str) -> Callable[[Row, Notes], Iterator[Record]]:
-    """A reader of rows with these keys; `extra` may be missing or blank."""
+def instruction(row: Row, notes: Notes) -> Iterator[Record]:
+    """Alpaca, BELLE (instruction, input, output) and dolly (instruction, context, response); input may be missing."""
+    extra = next((key for key in ("input", "context") if row.get(key) is not None), None)
+    response = _text(row, "output" if "output" in row else "response")
+    yield _with_input(_prompt(row, "instruction"), _text(row, extra, blank="") if extra else "", response)
 
-    def read(row: Row, notes: Notes) -> Iterator[Record]:
-        more = _text(row, extra, blank="") if row.get(extra) is not None else ""
-        yield _with_input(_prompt(row, prompt), more, _text(row, response))
 
-    return read
+def prompt_response(row: Row, notes: Notes) -> Iterator[Record]:
+    """A prompt and its response."""
+    yield SFT(_prompt(row, "prompt"), _text(row, "response"))
 
 
 def completion(row: Row, notes: Notes) -> Iterator[Record]:
+    """A prompt and its completion, as texts or as messages."""
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
         yield _conversation(_objects(row, "prompt") + _objects(row, "completion"), "role", "content", notes)
     else:
@@ -314,31 +326,37 @@ def completion(row: Row, notes: Notes) -> Iterator[Record]:
 
 
 def sharegpt(row: Row, notes: Notes) -> Iterator[Record]:
+    """Turns from human and gpt, or assistant."""
     yield _conversation(_objects(row, "conversations"), "from", "value", notes)
 
 
 def messages(row: Row, notes: Notes) -> Iterator[Record]:
+    """Turns of user and assistant."""
     yield _conversation(_objects(row, "messages"), "role", "content", notes)
 
 
 def seed_tasks(row: Row, notes: Notes) -> Iterator[Record]:
+    """Every instance of an instruction is a record."""
     for instance in _objects(row, "instances"):
         extra = _text(instance, "input", blank="")
         yield _with_input(_prompt(row, "instruction"), extra, _text(instance, "output"))
 
 
 def hc3(row: Row, notes: Notes) -> Iterator[Record]:
+    """Every answer to a question is a record."""
     for key in ("human_answers", "chatgpt_answers"):
         for answer in _list(row, key):
             yield SFT(_prompt(row, "question"), _text({key: answer}, key))
 
 
 def qa(row: Row, notes: Notes) -> Iterator[Record]:
+    """A question and its answer; the markers that some files already hold would come twice from a template."""
     question, answer = _prompt(row, "q").removeprefix("问："), _text(row, "a").removeprefix("答：")
     yield SFT(_prompt({"q": question}, "q"), _text({"a": answer}, "a"))
 
 
 def prompts(row: Row, notes: Notes) -> Iterator[Record]:
+    """A prompt alone, as a text or as one message of the user."""
     messages = row.get("messages", row.get("prompt"))
     if isinstance(messages, list):
         turns = _turns(_objects({"messages": messages}, "messages"), "role", "content", notes)
@@ -350,6 +368,7 @@ def prompts(row: Row, notes: Notes) -> Iterator[Record]:
 
 
 def texts(row: Row, notes: Notes) -> Iterator[Record]:
+    """Plain texts."""
     yield SFT("", _text(row, "text"))
 
 

@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minirlhf.errors import DataError, UsageError
+from minirlhf.errors import CheckpointError, DataError, UsageError
+from minirlhf.safefile import read_json
 from minirlhf.tokenizer import Tokenizer
 
 Piece = str | dict[str, str]  # text with slots, or {"token": spelling}; "eos" and "bos" are the tokenizer's own
@@ -22,6 +23,7 @@ Turns = Sequence[tuple[str, str]]  # (role, text); roles: system, user, input (m
 Encoded = tuple[list[int], list[bool]]  # ids, and True where an id is trained
 EOS: Piece = {"token": "eos"}
 BOS: Piece = {"token": "bos"}
+AFTER = {"system": ("",), "user": ("", "system", "assistant"), "assistant": ("user",)}  # role -> what it may follow
 SLOTS = re.compile(r"(\{text\}|\{input\})")
 
 
@@ -48,12 +50,12 @@ class Template:
         parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def prompt_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
-        """All that stands before the answer to one prompt; without a prompt, `start` alone."""
-        ids = self._fill(tokenizer, self.start)
-        if prompt:
-            ids += self._fill(tokenizer, self.user, prompt) + self._fill(tokenizer, self.open)
-        return ids
+    def prompt_ids(self, tokenizer: Tokenizer, prompt: str | Turns) -> list[int]:
+        """All that stands before the answer to a prompt, or to turns; without a prompt, `start` alone."""
+        if not prompt:
+            return self._fill(tokenizer, self.start)
+        turns = (("user", prompt),) if isinstance(prompt, str) else prompt
+        return self.encode_turns(tokenizer, turns)[0] + self._fill(tokenizer, self.open)
 
     def response_ids(self, tokenizer: Tokenizer, response: str) -> list[int]:
         """An answer with the token that ends it."""
@@ -66,16 +68,18 @@ class Template:
 
     def encode_turns(self, tokenizer: Tokenizer, turns: Turns) -> Encoded:
         """A conversation of user and assistant in turns, perhaps after one of the system; the answers are trained."""
-        ids, trained = self._fill(tokenizer, self.start), []
-        for i, (role, text, extra) in enumerate(self._merged(turns)):
+        ids, trained = self._fill(tokenizer, self.start), list[bool]()
+        previous = ""
+        for role, text, extra in self._merged(turns):
             if role == "assistant":
                 ids += self._fill(tokenizer, self.open)
                 trained += [False] * (len(ids) - len(trained))
                 ids += self.response_ids(tokenizer, text)
                 trained += [True] * (len(ids) - len(trained))
             else:
-                ids += self._fill(tokenizer, self.after) if i and trained and trained[-1] else []
+                ids += self._fill(tokenizer, self.after) if previous == "assistant" else []
                 ids += self._turn(tokenizer, role, text, extra)
+            previous = role
         return ids, trained + [False] * (len(ids) - len(trained))
 
     def stop_token_id(self, tokenizer: Tokenizer) -> int:
@@ -88,24 +92,22 @@ class Template:
         """(role, text, input) with the roles in an order that a conversation can have."""
         merged: list[tuple[str, str, str]] = []
         for role, text in turns:
-            previous = merged[-1][0] if merged else "system"
+            previous = merged[-1][0] if merged else ""
             if role == "input" and previous == "user":
                 merged[-1] = ("user", merged[-1][1], text)
-            elif (role, previous) in (("user", "system"), ("user", "assistant"), ("assistant", "user")) or (
-                role == "system" and not merged
-            ):
+            elif previous in AFTER.get(role, ()):
                 merged.append((role, text, ""))
             else:
-                raise DataError(f"a turn of {role!r} after {previous!r}: user and assistant must take turns")
-        if self.system_text and len(merged) > 1 and merged[0][0] == "system":
-            text = self._around(self.system_text, merged.pop(0)[1], "") + merged[0][1]
+                raise DataError(f"a turn of {role!a} after {previous!a}: system, then user and assistant by turns")
+        if self.system_text and [role for role, _, _ in merged[:2]] == ["system", "user"]:
+            text = self._around(self.system_text, merged.pop(0)[1]) + merged[0][1]
             merged[0] = ("user", text, merged[0][2])
         return merged
 
     def _turn(self, tokenizer: Tokenizer, role: str, text: str, extra: str) -> list[int]:
         if role == "system":
             if not self.system:
-                raise DataError(f"template {self.name} has no place for a system turn")
+                raise UsageError(f"data.template {self.name} has no place for the system turns of this data")
             return self._fill(tokenizer, self.system, text)
         if extra and self.input_user:
             return self._fill(tokenizer, self.input_user, text, extra)
@@ -120,7 +122,7 @@ class Template:
                 ids.append(self._token(tokenizer, piece))
         return ids
 
-    def _around(self, piece: str, text: str, extra: str) -> str:
+    def _around(self, piece: str, text: str, extra: str = "") -> str:
         """The piece with its slots filled; what stands in a text is never taken for a slot."""
         text = text.strip() if self.strip else text
         if self.once and "{text}" in piece:
@@ -135,9 +137,7 @@ class Template:
         own = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id}
         token = own[spelling] if spelling in own else tokenizer.token_to_id(spelling)
         if token is None:
-            raise UsageError(
-                f"data.template {self.name}: the tokenizer has no {spelling} token; choose another, as plain"
-            )
+            raise UsageError(f"data.template {self.name}: the tokenizer has no token {spelling}; choose another")
         return token
 
 
@@ -205,34 +205,33 @@ def get_template(name: str) -> Template:
     if not name.endswith(".json"):
         raise UsageError(f"data.template {name}: unknown; choose {', '.join(TEMPLATES)}, or a JSON file of your own")
     try:
-        data = json.loads(Path(name).read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise UsageError(f"data.template {name}: {e.strerror or e}") from e
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"data.template {name}: not valid JSON ({e})") from e
+        data = read_json(Path(name))
+    except CheckpointError as e:
+        raise UsageError(f"data.template {e}") from e
     return _from_json(name, data)
 
 
-def _from_json(name: str, data: Any) -> Template:
+def _from_json(name: str, data: dict[str, Any]) -> Template:
     known = {f.name: f.default for f in fields(Template) if f.name != "name"}
-    if not isinstance(data, dict) or "user" not in data:
-        raise UsageError(f"data.template {name}: not an object with at least the key user")
     parts: dict[str, Any] = {}
     for key, value in data.items():
         if key not in known:
-            raise UsageError(f"data.template {name}: unknown key {key}; known: {', '.join(known)}")
+            raise UsageError(f"data.template {name}: unknown key {key!a}; known: {', '.join(known)}")
         if isinstance(known[key], bool | str):
-            wrong = type(value) is not type(known[key])
+            fits, wanted = type(value) is type(known[key]), type(known[key]).__name__
         else:
-            wrong = not isinstance(value, list) or not all(map(_is_piece, value))
-        if wrong:
-            raise UsageError(
-                f'data.template {name}: {key} must be a list of texts and {{"token": "..."}}, or as built in'
-            )
+            fits = isinstance(value, list) and all(map(_is_piece, value))
+            wanted = 'list of texts and {"token": "..."}'
+        if not fits:
+            raise UsageError(f"data.template {name}: {key} must be a {wanted}")
         parts[key] = tuple(value) if isinstance(value, list) else value
+    if "{text}" not in str(parts.get("user")):
+        raise UsageError(f"data.template {name}: user must say where {{text}} stands")
     template = Template(name, **parts)
-    if not template.response or isinstance(template.response[-1], str):
-        raise UsageError(f"data.template {name}: response must end with the token that ends an answer")
+    if "{text}" not in str(template.response) or isinstance(template.response[-1], str):
+        raise UsageError(
+            f"data.template {name}: response must hold {{text}} and end with the token that ends an answer"
+        )
     return template
 
 

@@ -94,8 +94,9 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the canonical tokenizer.json."""
-        canonical = json.dumps(json.loads(self._full.to_str()), sort_keys=True, separators=(",", ":"))
+        """sha256 of all that decides ids: tokenizer.json without its post-processor, which we never run, and names."""
+        data = {**json.loads(self._full.to_str()), "post_processor": None, "names": self.names}
+        canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def save(self, folder: Path | str) -> None:

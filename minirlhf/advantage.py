@@ -22,9 +22,9 @@ def gae(
     δ_t = r_t + γ V_{t+1} - V_t,  Â_t = δ_t + γλ Â_{t+1},  returns = Â + V;  V = Â = 0 after the last token.
     t + 1 is the next True position: holes in the mask are skipped, not taken for states of value 0.
     """
-    assert rewards.shape == values.shape and rewards.ndim == 2, (rewards.shape, values.shape)
+    assert mask.ndim == 2, mask.shape
     rewards, values = keep(rewards, mask), keep(values, mask)
-    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0] + rewards[:, 0])  # (B,)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
     columns = []
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]

@@ -1,6 +1,6 @@
 """Every loss, one number per token, pair or list, unreduced: the caller sums over what counts and divides once.
 
-What goes wrong: reducing here. A mean over a microbatch weighs the tokens of short answers more than those of long ones.
+What goes wrong: reducing here. The mean of two microbatches' means gives a token more weight where tokens are few.
 """
 
 from collections.abc import Callable
@@ -114,8 +114,9 @@ def pairwise_loss(
     *,
     margin: Tensor | float = 0.0,  # (B,) or one for all
 ) -> Tensor:  # (B,)
-    """Bradley-Terry 1952: -log σ(r_w - r_l - margin) (Stiennon et al. 2020, arXiv 2009.01325, section 3.4; the margin:
-    Touvron et al. 2023, arXiv 2307.09288, eq. 2). log(1 + e^(r_l - r_w)), as in Bai et al. 2022, is the same function."""
+    """-log σ(r_w - r_l - margin) (Bradley, Terry 1952; Stiennon et al. 2020, arXiv 2009.01325, section 3.4; the margin:
+    Touvron et al. 2023, arXiv 2307.09288, eq. 2). Bai et al. 2022 write the same as log(1 + e^(r_l - r_w)).
+    """
     assert chosen.shape == rejected.shape, (chosen.shape, rejected.shape)
     return -F.logsigmoid(_wide(chosen) - _wide(rejected) - margin)
 
@@ -164,7 +165,8 @@ def centering_penalty(
 
 def strict_pairs(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:  # (B, K) each → (B, K, K) bool, (B,)
     """[b, i, j]: answers i and j are both present and i is ranked above j; and how many such pairs a list has."""
-    assert scores.shape == ranks.shape and scores.ndim == 2, (scores.shape, ranks.shape)
+    assert scores.shape == ranks.shape, (scores.shape, ranks.shape)
+    assert scores.ndim == 2, scores.shape
     i, j = ranks[:, :, None], ranks[:, None, :]
     pairs = (i > 0) & (j > 0) & (i < j)
     return pairs, pairs.sum((1, 2))

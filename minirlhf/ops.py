@@ -7,7 +7,7 @@ another in training, and the (N, V) logits themselves, which are larger than eve
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,24 +82,25 @@ def head_stats(  # noqa: PLR0913  (the output layer with everything that belongs
     Raises ValueError for a wrong `want` or `impl`, RuntimeError where Triton is asked for and cannot run.
     """
     N, C = hidden.shape
-    assert weight.ndim == 2 and weight.shape[1] == C and targets.shape == (N,), (
-        hidden.shape, weight.shape, targets.shape,
-    )  # fmt: skip
+    assert weight.shape[1:] == (C,), (hidden.shape, weight.shape)
+    assert targets.shape == (N,), (hidden.shape, targets.shape)
     if not want or not set(want) <= set(HeadStats._fields):
         raise ValueError(f"head_stats: want {tuple(want)} must name some of {', '.join(HeadStats._fields)}")
     if "kl" in want and ref_hidden is None:
         raise ValueError("head_stats: kl needs ref_hidden")
     body = _choose(impl, hidden)
     kept = (targets != ignore_index).nonzero()[:, 0]  # (n,) often less than half of the rows
-    ref = (None, None)
     if "kl" in want and ref_hidden is not None:
-        ref_weight = weight if ref_weight is None else ref_weight
+        ref_weight = (weight if ref_weight is None else ref_weight).detach()  # (V, C')
         assert ref_hidden.shape == (N, ref_weight.shape[1]), (ref_hidden.shape, ref_weight.shape)
-        ref = ref_hidden.detach().index_select(0, kept), ref_weight.detach()
+        assert len(ref_weight) == len(weight), (ref_weight.shape, weight.shape)
+        ref_hidden = ref_hidden.detach().index_select(0, kept)  # (n, C')
+    else:
+        ref_hidden, ref_weight = None, None
     with torch.autocast(hidden.device.type, enabled=False):
         stats = body(
             hidden.index_select(0, kept), weight, targets.index_select(0, kept), bias=bias, temperature=temperature,
-            softcap=softcap, ref_hidden=ref[0], ref_weight=ref[1], want=tuple(want),
+            softcap=softcap, ref_hidden=ref_hidden, ref_weight=ref_weight, want=tuple(want),
         )  # fmt: skip
         return HeadStats(*(x if x is None else x.new_zeros(N).index_copy(0, kept, x) for x in stats))
 
@@ -124,7 +125,7 @@ def _choose(impl: str, hidden: Tensor) -> Any:
 # ---- the torch tier -------------------------------------------------------------------------------------------------
 
 
-def head_stats_torch(
+def head_stats_torch(  # noqa: PLR0913  (as `head_stats`)
     hidden: Tensor,  # (N, C)
     weight: Tensor,  # (V, C)
     targets: Tensor,  # (N,)
@@ -149,12 +150,12 @@ class _Plan(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """What one chunk of n rows holds while it is worked on."""
+    """What n rows hold while they are worked on."""
 
     targets: Tensor  # (n,)
-    v: Tensor | None  # (n, V) softcapped logits before τ; None without softcap
     logp: Tensor  # (n, V)
-    ratio: Tensor | None  # (n, V) log p - log q
+    bend: Tensor | None  # (n, V) dv/du = 1 - (v/softcap)²; None without softcap
+    gap: Any  # (n, V) log p - log q; None unless kl is wanted
     stats: dict[str, Tensor]  # (n,) each
 
 
@@ -164,37 +165,29 @@ class _Head(torch.autograd.Function):
     dz_i = p_i [-A + S - E (log p_i + H) + K (log p_i - log q_i - kl)] + A·1[i = a]
     du = dz (1 - (v/softcap)²)/τ,  dh = du W,  dW = duᵀ h,  db = Σ du
 
-    Frozen weight: the rows of dh for A = 1, E = 1, S = 1, K = 1 are made in the forward pass, which is then the only one.
+    Frozen weight: dh for A = 1, for E = 1, ... is made in the forward pass, which is then the only one.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        ref_hidden: Tensor | None,
-        ref_weight: Tensor | None,
-        plan: _Plan,
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         """Statistics; with a frozen weight also the slopes d statistic/d hidden."""
-        ctx.set_materialize_grads(False)
-        dtype = wide_type(hidden, weight)
-        out = {name: hidden.new_empty(len(hidden), dtype=dtype) for name in plan.want}
-        need_hidden, need_weight, need_bias = (plan.grad and need for need in ctx.needs_input_grad[:3])
-        ctx.frozen = need_hidden and not need_weight and not need_bias
-        slopes = [hidden.new_empty(hidden.shape, dtype=dtype) for _ in plan.want] if ctx.frozen else []
-        inputs = (hidden, weight, bias, targets, ref_hidden, ref_weight)
-        for rows in _row_chunks(len(hidden), len(weight)):
-            chunk = _chunk(rows, inputs, plan)
+        *inputs, plan = args
+        hidden, weight = inputs[:2]
+        N, V, dtype = len(hidden), len(weight), wide_type(hidden, weight)
+        need_hidden, *need_others = (plan.grad and need for need in ctx.needs_input_grad[:3])
+        frozen = need_hidden and not any(need_others)
+        out = {name: hidden.new_empty(N, dtype=dtype) for name in plan.want}
+        slopes = {name: hidden.new_empty(hidden.shape, dtype=dtype) for name in plan.want if frozen}
+        wide = widened(weight)
+        for rows in row_chunks(N, V):
+            chunk = _chunk(rows, inputs, wide, plan)
             for name in plan.want:
                 out[name][rows] = chunk.stats[name]
-            for name, slope in zip(plan.want, slopes, strict=False):
-                one = {name: torch.ones_like(out[name][rows])}
-                slope[rows] = product(_logit_gradient(chunk, one, plan), weight)
-        ctx.plan, ctx.dtype = plan, hidden.dtype
-        ctx.save_for_backward(*(slopes if ctx.frozen else inputs))
+            for name, slope in slopes.items():
+                slope[rows] = product(_logit_gradient(chunk, {name: torch.ones_like(out[name][rows])}, plan), wide)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.frozen, ctx.dtype = plan, frozen, hidden.dtype
+        ctx.save_for_backward(*(slopes.values() if frozen else inputs))
         return tuple(out.get(name) for name in HeadStats._fields)
 
     @staticmethod
@@ -202,99 +195,93 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias."""
         given = {name: g for name, g in zip(HeadStats._fields, upstream, strict=True) if g is not None}
-        none = (None,) * 4
         if not given:
-            return None, None, None, *none
+            return (None,) * 7
         if ctx.frozen:
             slopes = dict(zip(ctx.plan.want, ctx.saved_tensors, strict=True))
             dh = sum(g[:, None] * slopes[name] for name, g in given.items())
-            return dh.to(ctx.dtype), None, None, *none
+            return dh.to(ctx.dtype), *(None,) * 6
         inputs = ctx.saved_tensors
-        hidden, weight, bias = inputs[:3]
-        dtype = wide_type(hidden, weight)
-        dh, dw, db = (
-            torch.zeros_like(x, dtype=dtype) if need else None
-            for x, need in zip(inputs[:3], ctx.needs_input_grad, strict=False)
-        )
-        for rows in _row_chunks(len(hidden), len(weight)):
-            chunk = _chunk(rows, inputs, ctx.plan)
-            du = _logit_gradient(chunk, {name: g[rows] for name, g in given.items()}, ctx.plan)  # (n, V)
+        hidden, weight = inputs[:2]
+        wide, dtype = widened(weight), wide_type(hidden, weight)
+        sums = [torch.zeros_like(x, dtype=dtype) if ctx.needs_input_grad[i] else None for i, x in enumerate(inputs[:3])]
+        dh, dw, db = sums
+        for rows in row_chunks(len(hidden), len(weight)):
+            du = _logit_gradient(
+                _chunk(rows, inputs, wide, ctx.plan), {name: g[rows] for name, g in given.items()}, ctx.plan
+            )  # (n, V)
             if dh is not None:
-                dh[rows] = product(du, weight)
+                dh[rows] = product(du, wide)
             if dw is not None:
                 dw += product(du.T, hidden[rows])
             if db is not None:
                 db += du.sum(0)
-        cast = (
-            x if x is None else x.to(like.dtype) for x, like in zip((dh, dw, db), (hidden, weight, bias), strict=True)
-        )
-        return *cast, *none
+        return *(s if s is None else s.to(x.dtype) for s, x in zip(sums, inputs, strict=False)), *(None,) * 4
 
 
-def _row_chunks(N: int, V: int) -> Iterator[slice]:
-    """Rows within the budget, but not less than 256, which would starve the product; and at least 4 chunks."""
+def row_chunks(N: int, V: int) -> Iterator[slice]:
+    """Rows within the budget, but no fewer than 256, which would starve the product; and never all rows in one."""
     size = max(1, min(max(BUDGET // (4 * V), 256), -(-N // 4)))
     return (slice(start, start + size) for start in range(0, N, size))
 
 
-def _chunk(rows: slice, inputs: tuple[Tensor | None, ...], plan: _Plan) -> _Chunk:
-    """Logits and statistics of some rows. The maximum is taken out first: a large common offset costs no digits."""
-    hidden, weight, bias, targets, ref_hidden, ref_weight = inputs
-    v, logp, lse = _log_softmax(hidden[rows], weight, bias, plan)
-    stats = {"lse": lse, "logprobs": logp.gather(1, targets[rows][:, None])[:, 0]}
-    ratio = None
+def _chunk(rows: slice, inputs: Sequence[Any], wide: Tensor, plan: _Plan) -> _Chunk:
+    """Log-probs and statistics of some rows; `wide` is the weight."""
+    hidden, _, bias, targets, ref_hidden, ref_weight = inputs
+    logp, lse, bend = _log_softmax(hidden[rows], wide, bias, plan)
+    stats, gap = {"lse": lse, "logprobs": logp.gather(1, targets[rows][:, None])[:, 0]}, None
     if "entropy" in plan.want:
         stats["entropy"] = -(logp.exp() * logp).sum(1)
     if "kl" in plan.want:
-        ratio = logp - _log_softmax(ref_hidden[rows], ref_weight, None, plan)[1]  # (n, V)
-        stats["kl"] = (logp.exp() * ratio).sum(1)
-    return _Chunk(targets[rows], v, logp, ratio, stats)
+        gap = logp - _log_softmax(ref_hidden[rows], ref_weight, None, plan)[0]  # (n, V)
+        stats["kl"] = (logp.exp() * gap).sum(1)
+    return _Chunk(targets[rows], logp, bend, gap, stats)
 
 
-def _log_softmax(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(n, C), (V, C) → v (n, V) or None, log p (n, V), lse (n,)."""
-    z, v = product(hidden, weight.T), None
+def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor, Any]:
+    """(n, C), (V, C) → log p (n, V), lse (n,), bend. The maximum goes out first: a common offset costs no digits."""
+    z, bend = product(hidden, weight.T), None
     if bias is not None:
         z += bias
     if plan.softcap is not None:
-        v = plan.softcap * torch.tanh(z / plan.softcap)
-        z = v / plan.temperature
-    elif plan.temperature != 1.0:
-        z /= plan.temperature
+        z = torch.tanh(z / plan.softcap)
+        bend = 1.0 - z.square()
+        z *= plan.softcap
+    z /= plan.temperature
     top = z.amax(1, keepdim=True)
     z -= top
     rest = z.exp().sum(1, keepdim=True).log()
-    z -= rest
-    return v, z, (top + rest)[:, 0]
+    return z.sub_(rest), (top + rest)[:, 0], bend
 
 
 def _logit_gradient(chunk: _Chunk, given: dict[str, Tensor], plan: _Plan) -> Tensor:  # (n, V) du
     """The formula in the docstring of `_Head`; `given` are upstream gradients (n,)."""
-    p = chunk.logp.exp()
-    factor = torch.zeros_like(p)
-    for name, g in given.items():
-        up = g[:, None]
-        if name == "logprobs":
-            factor -= up
-        elif name == "lse":
-            factor += up
-        elif name == "entropy":
-            factor -= up * (chunk.logp + chunk.stats["entropy"][:, None])
-        else:
-            factor += up * (chunk.ratio - chunk.stats["kl"][:, None])
-    dz = factor.mul_(p)
-    if "logprobs" in given:
-        dz.scatter_add_(1, chunk.targets[:, None], given["logprobs"][:, None])
-    if chunk.v is not None:
-        dz *= 1.0 - (chunk.v / plan.softcap).square()
-    return dz.div_(plan.temperature)
+    A, E, S, K = (given[name][:, None] if name in given else None for name in HeadStats._fields)
+    factor: Any = 0.0
+    if A is not None:
+        factor = factor - A
+    if S is not None:
+        factor = factor + S
+    if E is not None:
+        factor = factor - E * (chunk.logp + chunk.stats["entropy"][:, None])
+    if K is not None:
+        factor = factor + K * (chunk.gap - chunk.stats["kl"][:, None])
+    du = chunk.logp.exp().mul_(factor)
+    if A is not None:
+        du.scatter_add_(1, chunk.targets[:, None], A)
+    if chunk.bend is not None:
+        du *= chunk.bend
+    return du.div_(plan.temperature)
 
 
 def wide_type(a: Tensor, b: Tensor) -> torch.dtype:
     """Of sums and results: at least fp32."""
     return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+
+
+def widened(weight: Tensor) -> Tensor:
+    """The weight as `product` uses it, so that it is converted once and not for every chunk."""
+    return weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at least fp32

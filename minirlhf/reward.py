@@ -29,7 +29,7 @@ def shape_rewards(
     kl: str = "k1",  # any kind of `kl_estimate`
     score_at: str = "last",  # "last" | "next" | "column", see `score_column`
 ) -> Tensor:  # (B, R)
-    """r_t = -β KL_t + [t = score's column] · score (Ziegler et al. 2019, arXiv 1909.08593, eq. 2; Stiennon et al. 2020).
+    """r_t = -β KL_t + [t = score's column] · score (Ziegler et al. 2019, arXiv 1909.08593, eq. 2).
 
     With k1 and reward-to-go this has the gradient of E[score] - β KL(π ‖ ref) over sequences; k2, k3 and abs in the
     reward do not. A row without any True gets no reward, whatever its score holds.
@@ -68,7 +68,7 @@ class FixedKL:
 
 
 class AdaptiveKL:
-    """β follows the KL (Ziegler et al. 2019, arXiv 1909.08593, section 2.2): β ← β (1 + clip(KL/target - 1, ±0.2) n/h)."""
+    """β ← β (1 + clip(KL/target - 1, ±0.2) n/h) (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
 
     def __init__(
         self,

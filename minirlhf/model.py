@@ -18,6 +18,9 @@ from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES, SWITCHES
 
 DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
+SIZES = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
+SIZES += ("n_kv_head", "head_dim", "d_inner", "sliding_window")  # these may be None
+DROPOUTS = ("dropout", "embed_dropout", "attn_dropout")
 CHOICES = {
     "norm": ("layer", "rms"),
     "position": ("learned", "alibi", "rotary"),
@@ -59,7 +62,9 @@ class ModelConfig:
     sliding_layers: tuple[int, ...] | None = None  # layers with that window; None: all
     tied: bool = DERIVED  # the head is the embedding
     qkv: str = DERIVED  # "split": three matrices; one matrix with rows "blocks" [q | k | v] or "heads" (H, 3, D)
-    dropout: float = 0.0  # after the embedding, on attention weights and on both branches
+    dropout: float = 0.0  # on both branches
+    embed_dropout: float = DERIVED  # after the embedding; None: dropout
+    attn_dropout: float = DERIVED  # on attention weights; None: dropout
     bos_token_id: int | None = None  # the three only travel from one folder to the next
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -71,6 +76,8 @@ class ModelConfig:
             self._default(name, value)
         if self.head_dim is None and self.n_head > 0 and self.d_model % self.n_head:
             raise UsageError(f"model.d_model {self.d_model} is not a multiple of model.n_head {self.n_head}")
+        self._default("embed_dropout", self.dropout)
+        self._default("attn_dropout", self.dropout)
         self._default("n_kv_head", self.n_head)
         self._default("head_dim", self.d_model // max(self.n_head, 1))
         self._default("d_inner", -(-8 * self.d_model // 24) * 8 if self.gated else 4 * self.d_model)
@@ -81,9 +88,12 @@ class ModelConfig:
             object.__setattr__(self, name, value)
 
     def _check(self) -> None:
-        for name in ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len", "n_kv_head", "head_dim", "d_inner"):
-            if getattr(self, name) < 1:
+        for name in SIZES:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        for name in DROPOUTS:
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"model.{name} must be in [0, 1), not {getattr(self, name)}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"model.{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
@@ -91,16 +101,12 @@ class ModelConfig:
             raise UsageError(f"model.n_head {self.n_head} is not a multiple of model.n_kv_head {self.n_kv_head}")
         if self.qkv != "split" and self.n_kv_head != self.n_head:
             raise UsageError(f"model.n_kv_head {self.n_kv_head} needs model.qkv 'split', not {self.qkv!r}")
-        if self.position == "rotary" and (self.rope_dim < 2 or self.rope_dim % 2):
+        if self.position == "rotary" and self.rope_dim % 2 and self.rope_dim + 1 > self.head_dim:
             raise UsageError(f"model: rotary positions need an even number of dimensions, not {self.rope_dim}")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"model.dropout must be in [0, 1), not {self.dropout}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise UsageError(f"model.sliding_window must be at least 1, not {self.sliding_window}")
 
     @property
     def rope_dim(self) -> int:
-        """Dimensions of a head that rotate."""
+        """d, the dimensions of a head that rotate; with an odd d one more turns with the last frequency."""
         return int(self.head_dim * self.rope_fraction)
 
     def window(self, layer: int) -> int | None:
@@ -117,7 +123,7 @@ def alibi_slopes(n_head: int) -> list[float]:
     return [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (n_head - n), 2)]
 
 
-def rope_frequencies(config: ModelConfig, like: Tensor) -> Tensor:  # (rope_dim / 2,)
+def rope_frequencies(config: ModelConfig, like: Tensor) -> Tensor:  # (⌈rope_dim / 2⌉,)
     """θ^(-2i/d) (Su et al. 2021, arXiv 2104.09864, eq. 15), scaled as LLaMA 3.1 does where the config says so.
 
     Linear: f / factor. llama3, with wavelength λ = 2π/f and n the original length: f where λ < n/high, f / factor where
@@ -241,7 +247,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.d_model
-        self.n_head, self.head_dim, self.layout, self.dropout = H, D, config.qkv, config.dropout
+        self.n_head, self.head_dim, self.layout, self.dropout = H, D, config.qkv, config.attn_dropout
         self.grouped = K != H
         if config.qkv == "split":
             self.q = Linear(C, H * D, bias=config.qkv_bias)
@@ -390,8 +396,8 @@ class Trunk(nn.Module):
             x = x + self.pos_embed(view.positions + self.config.position_offset)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        if self.config.dropout:
-            x = F.dropout(x, self.config.dropout, self.training)
+        if self.config.embed_dropout:
+            x = F.dropout(x, self.config.embed_dropout, self.training)
         for i, block in enumerate(self.blocks):
             args = (x, view.masks[self.config.window(i)], view.rope, cache, i)
             if self.checkpoint and self.training and cache is None:

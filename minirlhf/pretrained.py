@@ -1,70 +1,188 @@
-"""Hugging Face model folders ↔ our models."""
+"""Hugging Face model folders ↔ our models: `config.json` and safetensors, single or in shards, read and written.
+
+A folder is material from strangers: everything in it is checked before memory is taken, nothing of it is ever run, and
+what does not fit is a CheckpointError that names the file. Tensors are read piece by piece into their final place, so
+that loading holds the weights once. Not here: settings (`hf_config.py`), file formats (`safefile.py`), adapters.
+
+Reward models are folders of AutoModelForSequenceClassification with one label. A value model is the same folder, marked
+`"minirlhf_head": "value"` in config.json: its `score.weight` is read at every token. What goes wrong elsewhere: a model
+without its head gets a random one in silence.
+"""
 
 import json
+import os
+import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from minirlhf.errors import CheckpointError
+from minirlhf.errors import CheckpointError, UsageError
 from minirlhf.families import FAMILIES
 from minirlhf.heads import RewardModel, ScalarModel, ValueModel
 from minirlhf.hf_config import SPECIAL, parse_config, render_config
 from minirlhf.model import CausalLM, ModelConfig
-from minirlhf.safefile import TensorFile, read_json, write_tensors
+from minirlhf.safefile import FLOATS, TensorFile, read_json, shown, write_tensors
 
 Model = TypeVar("Model", CausalLM, RewardModel, ValueModel)
+Path_ = str | os.PathLike[str]
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_INDEX, MAX_TOKENIZER = 16 << 20, 100 << 20  # bytes
+SHARD = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+BUFFERS = re.compile(r"(.+\.)?((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)")  # constants of old files
+SCORE, VALUE_CLASS = "score.weight", "MiniRLHFValueModel"
 
 
-def load_causal_lm(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> CausalLM:
+class Stored(NamedTuple):
+    """A tensor of the folder."""
+
+    file: TensorFile
+    name: str
+
+
+class Source(NamedTuple):
+    """What one of our tensors is read from."""
+
+    file: TensorFile
+    name: str
+    first: int  # first row
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def load_causal_lm(path: Path_, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> CausalLM:
     """A language model, in evaluation mode."""
     return _load(CausalLM, Path(path), dtype, device)
 
 
 def load_reward_model(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: Path_, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> RewardModel:
-    """A reward model: a folder of AutoModelForSequenceClassification with one label; in evaluation mode."""
+    """A reward model, in evaluation mode."""
     return _load(RewardModel, Path(path), dtype, device)
 
 
 def load_value_model(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: Path_, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> ValueModel:
     """A value model, in evaluation mode."""
     return _load(ValueModel, Path(path), dtype, device)
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """The architecture a folder's config.json describes."""
-    file = Path(path) / "config.json"
-    return parse_config(read_json(file), file)
+def read_config(path: Path_) -> ModelConfig:
+    """The architecture of a folder, its token ids checked against its tokenizer.json."""
+    return _read_config(Path(path))[1]
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not os.path.lexists(file):
+        adapter = ", but an adapter: load its base, then the adapter" * (folder / "adapter_config.json").exists()
+        raise CheckpointError(f"{file}: missing, so the folder is no model{adapter}")
+    raw = read_json(file)
+    config = parse_config(raw, file)
+    _check_tokens(folder, raw, config)
+    return raw, config
 
 
 def _load(kind: type[Model], folder: Path, dtype: torch.dtype, device: torch.device | str) -> Model:
-    config = read_config(folder)
-    files = [TensorFile(p) for p in sorted(folder.glob("*.safetensors"))]
-    stored = {name: file for file in files for name in file.entries}
+    """Checks names, shapes and dtypes against a model without memory; then takes the memory and reads."""
+    assert dtype.is_floating_point, dtype
+    raw, config = _read_config(folder)
+    stored = _stored(folder, config)
+    _check_kind(kind, folder, raw, stored)
+    if config.n_layer > len(stored):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {config.n_layer} layers, but the files hold {len(stored)} tensors"
+        )
     with torch.device("meta"):
-        model = kind(config)
-    model = model.to(dtype).to_empty(device=device)
+        model = kind(config).to(dtype)
+    sources = _sources(_theirs(model), stored, config, folder, packed=raw["model_type"] == "baichuan")
+    for name, child in model.named_children():
+        if not (name == "head" and config.tied):
+            child.to_empty(device=device)
     if isinstance(model, CausalLM):
         model.tie()
-    prefix = FAMILIES[config.family].prefix
-    with torch.no_grad():
-        for name, tensor in theirs(model).items():
-            key = name if name in stored else name.removeprefix(prefix)
-            if key not in stored:
-                raise CheckpointError(f"{folder}: no tensor {name!r}")
-            stored[key].read(key, tensor)
+    for name, tensor in _theirs(model).items():
+        file, stored_name, first = sources.pop(name)
+        file.read(stored_name, tensor, first)
+    for file, stored_name, _ in sources.values():  # a tied head that the files repeat
+        if not file.same(stored_name, model.trunk.embed.weight):
+            raise CheckpointError(
+                f"{file.path}: {stored_name} differs from the embedding, to which config.json ties it"
+            )
     return model.eval()
 
 
-def theirs(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter under the name and in the shape of the family's files; transposed views, not copies."""
+def _stored(folder: Path, config: ModelConfig) -> dict[str, Stored]:
+    """Every tensor of a folder, under its name without the prefix of the trunk; known constants left out."""
+    family = FAMILIES[config.family]
+    parts = family.prefix.split(".")[:-1]
+    prefixes = [".".join(parts[i:]) + "." for i in range(len(parts))]
+    found: dict[str, Stored] = {}
+    for file in _files(folder):
+        for name in file.entries:
+            short = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
+            short = name if short in (f"{family.head}.weight", SCORE) else short
+            if short in found:
+                raise CheckpointError(f"{file.path}: {shown(name)} and {shown(found[short].name)} are the same tensor")
+            if not BUFFERS.fullmatch(short):
+                found[short] = Stored(file, name)
+    return found
+
+
+def _files(folder: Path) -> list[TensorFile]:
+    """The safetensors files of a folder; an index must list exactly what they hold."""
+    single, index = folder / WEIGHTS, folder / INDEX
+    if not os.path.lexists(index):
+        if os.path.lexists(single):
+            return [TensorFile(single)]
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise CheckpointError(f"{folder / pickles[0]}: pickle files are never opened; convert to safetensors")
+        raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}")
+    weight_map = read_json(index, MAX_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: has no weight_map")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not SHARD.fullmatch(file_name):
+            raise CheckpointError(f"{index}: {shown(name)} is not mapped to a plain *.safetensors name of this folder")
+    names = sorted(set(weight_map.values()))
+    if WEIGHTS not in names and os.path.lexists(single):
+        raise CheckpointError(f"{index}: does not list {WEIGHTS}, which lies beside it; delete one of the two")
+    files = [TensorFile(folder / name) for name in names]
+    held = {(name, file.path.name) for file in files for name in file.entries}
+    if held != set(weight_map.items()) or len(held) != len(weight_map):
+        name, file_name = min(held ^ set(weight_map.items()))
+        raise CheckpointError(f"{index}: index and files disagree about {shown(name)} in {file_name}")
+    return files
+
+
+def _check_kind(kind: type, folder: Path, raw: dict[str, Any], stored: dict[str, Stored]) -> None:
+    """The folder has the head that is asked for."""
+    config_file, has_score = folder / "config.json", SCORE in stored
+    if kind is CausalLM:
+        if has_score:
+            raise CheckpointError(f"{folder}: a reward or value model, not a language model (it has score.weight)")
+        return
+    if not has_score:
+        raise CheckpointError(f"{folder}: no score.weight, so it is no reward or value model; train_rm.py makes one")
+    labels = len(raw["id2label"]) if isinstance(raw.get("id2label"), dict) else raw.get("num_labels", 1)
+    if labels != 1:
+        raise CheckpointError(f"{config_file}: {labels} labels; a reward model has one")
+    if raw.get("normalize_reward"):
+        raise CheckpointError(f"{config_file}: normalize_reward is not supported")
+    if (kind is ValueModel) != (raw.get("minirlhf_head") == "value"):
+        is_a, function = ("reward", "load_reward_model") if kind is ValueModel else ("value", "load_value_model")
+        raise CheckpointError(f"{config_file}: this is a {is_a} model; load it with {function}")
+
+
+def _theirs(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor to read or write under the family's name, without copies, in the shape of the family's files."""
     config: ModelConfig = model.config  # type: ignore[assignment]
     found = {}
     for ours, name in model.module_names().items():  # type: ignore[operator]
@@ -72,29 +190,145 @@ def theirs(model: nn.Module) -> dict[str, Tensor]:
         if ours == "head" and config.tied:
             continue
         for part, tensor in module.named_parameters(recurse=False):
-            flip = config.family == "gpt2" and isinstance(module, nn.Linear) and ours.startswith("trunk.blocks.")
-            found[f"{name}.{part}"] = tensor.data.T if flip and part == "weight" else tensor.data
+            # GPT-2's files hold the matrices of the blocks as (in, out)
+            flip = config.family == "gpt2" and part == "weight" and ".blocks." in ours and isinstance(module, nn.Linear)
+            found[f"{name}.{part}"] = tensor.detach().T if flip else tensor.detach()
     return found
 
 
-def save_pretrained(model: CausalLM | ScalarModel, path: str | Path, *, tokenizer: Any = None) -> None:
-    """A folder that transformers loads as it is."""
-    folder, config = Path(path), model.config
+def _sources(
+    wanted: dict[str, Tensor], stored: dict[str, Stored], config: ModelConfig, folder: Path, *, packed: bool
+) -> dict[str, Source]:
+    """Where each tensor comes from, after checking that names, shapes and dtypes are those config.json promises."""
     family = FAMILIES[config.family]
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = render_config(config)
+    if config.tied and f"{family.head}.weight" in stored:
+        wanted = wanted | {f"{family.head}.weight": wanted[f"{family.prefix}{family.names['embed']}.weight"]}
+    places = {name: _place(name.removeprefix(family.prefix), tensor, packed) for name, tensor in wanted.items()}
+    missing = [name for name, place in places.items() if place[0] not in stored]
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, such as {shown(missing[0])}")
+    surplus = sorted(stored.keys() - {place[0] for place in places.values()})
+    if surplus:
+        raise CheckpointError(
+            f"{folder}: {len(surplus)} tensors do not belong to the model of config.json, such as {shown(surplus[0])}"
+        )
+    found = {}
+    for name, (short, first, rows) in places.items():
+        file, stored_name = stored[short]
+        entry, shape = file.entries[stored_name], (rows, *wanted[name].shape[1:])
+        if entry.shape != shape:
+            raise CheckpointError(f"{file.path}: {shown(stored_name)} has shape {entry.shape}, by config.json {shape}")
+        if entry.dtype not in FLOATS:
+            raise CheckpointError(f"{file.path}: {shown(stored_name)} is {entry.dtype}, not one of {', '.join(FLOATS)}")
+        found[name] = Source(file, stored_name, first)
+    return found
+
+
+def _place(name: str, tensor: Tensor, packed: bool) -> tuple[str, int, int]:
+    """Name in the files, first row, and the rows that must be there; Baichuan packs q, k and v as blocks of rows."""
+    match = re.fullmatch(r"(.*)\.([qkv])_proj\.weight", name) if packed else None
+    if match is None:
+        return name, 0, len(tensor)
+    return f"{match[1]}.W_pack.weight", "qkv".index(match[2]) * len(tensor), 3 * len(tensor)
+
+
+# ---- token ids ------------------------------------------------------------------------------------------------------
+
+
+def _check_tokens(folder: Path, raw: dict[str, Any], config: ModelConfig) -> None:
+    """tokenizer.json fits the embedding and holds every special token under the id that the folder states."""
+    file = folder / "tokenizer.json"
+    if not os.path.lexists(file):
+        return
+    ids = _vocabulary(file)
+    if max(ids.values()) >= config.vocab_size:
+        raise CheckpointError(f"{file}: token id {max(ids.values())}, but the embedding has {config.vocab_size} rows")
+    generation, names, tokens = (
+        read_json(folder / name) if os.path.lexists(folder / name) else {}
+        for name in ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+    )
+    held = set(ids.values())
+    for key in SPECIAL:
+        stated = [i for data in (raw, generation) for i in _as_list(data.get(key))]
+        for i in stated:
+            if i not in held:
+                raise CheckpointError(f"{file}: holds no token {shown(i)}, which the folder states as {key}")
+        for data in (names, tokens):
+            token = _content(data.get(key.removesuffix("_id")))
+            if token is not None and (token not in ids or (stated and ids[token] not in stated)):
+                under = f"under id {shown(stated)}" if stated else "which the folder states"
+                raise CheckpointError(f"{file}: does not hold {key.removesuffix('_id')} {shown(token)} {under}")
+    added = tokens.get("added_tokens_decoder")
+    for i, entry in added.items() if isinstance(added, dict) else ():
+        if str(ids.get(_content(entry) or "")) != i:
+            raise CheckpointError(
+                f"{file}: does not hold {shown(_content(entry))} under id {shown(i)}, as tokenizer_config.json states"
+            )
+
+
+def _vocabulary(file: Path) -> dict[str, int]:
+    """Token → id of a tokenizer.json, added tokens included."""
+    data = read_json(file, MAX_TOKENIZER)
+    model, added = data.get("model"), data.get("added_tokens") or []
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    try:
+        if isinstance(vocab, list):  # Unigram: pairs of token and score
+            vocab = {token: i for i, (token, _) in enumerate(vocab)}
+        ids = dict(vocab or {}) | {entry["content"]: entry["id"] for entry in added}
+    except (TypeError, KeyError, ValueError) as e:
+        raise CheckpointError(f"{file}: has no readable vocabulary") from e
+    if not ids or not all(type(token) is str and type(i) is int and i >= 0 for token, i in ids.items()):
+        raise CheckpointError(f"{file}: has no readable vocabulary")
+    return ids
+
+
+def _content(token: object) -> str | None:
+    """The spelling of a token, given plainly or as an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(model: CausalLM | ScalarModel, path: Path_, *, tokenizer: Any = None) -> None:
+    """A folder that transformers loads as it is; with a tokenizer, its files and its ids of special tokens too."""
+    folder, config = Path(path), model.config
+    raw = render_config(config) | {"dtype": _dtype_name(model), "torch_dtype": _dtype_name(model)}
+    if tokenizer is not None:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UsageError(f"{tokenizer.vocab_size} tokens, but the model's embedding has {config.vocab_size} rows")
+        raw |= {key: getattr(tokenizer, key.replace("_token", "")) for key in SPECIAL}
     if isinstance(model, CausalLM):
-        raw["architectures"] = [family.lm_class]
+        raw["architectures"] = [FAMILIES[config.family].lm_class]
     else:
         value = isinstance(model, ValueModel)
-        raw["architectures"] = ["MiniRLHFValueModel" if value else family.score_class]
-        raw["minirlhf_head"] = "value" if value else "reward"
-        raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    if tokenizer is not None:
-        tokenizer.save(folder)
-        ids = {key: getattr(tokenizer, key.replace("_token", ""), None) for key in SPECIAL}
-        raw |= {key: value for key, value in ids.items() if value is not None}
-        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-    write_tensors(folder / "model.safetensors", theirs(model))
-    raw["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+        raw["architectures"] = [VALUE_CLASS if value else FAMILIES[config.family].score_class]
+        raw |= {
+            "minirlhf_head": "value" if value else "reward",
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+        }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX).unlink(missing_ok=True)  # of another model's shards
+        write_tensors(folder / WEIGHTS, _theirs(model))
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        if isinstance(model, CausalLM):
+            _write_json(folder / "generation_config.json", {key: raw[key] for key in SPECIAL if raw[key] is not None})
+        _write_json(folder / "config.json", raw)
+    except OSError as e:
+        raise CheckpointError(f"{e.filename or folder}: cannot be written ({e.strerror or e})") from e
+
+
+def _dtype_name(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")

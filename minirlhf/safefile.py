@@ -23,7 +23,7 @@ from minirlhf.errors import CheckpointError
 
 MAX_HEADER = 16 << 20  # bytes; 100,000 tensors with names of 80 characters
 MAX_TENSORS = 100_000
-PIECE = 8 << 20  # bytes read at once
+PIECE = 4 << 20  # bytes read at once
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2}
 SIZES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
@@ -33,7 +33,7 @@ SIZES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
 def open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file, open for reading, and its size; a pipe is refused instead of waited for."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as f:
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
             info = os.fstat(f.fileno())
             if not stat.S_ISREG(info.st_mode):
                 raise CheckpointError(f"{path}: is no regular file")
@@ -49,7 +49,8 @@ def parse_json(data: bytes, path: Path, what: str = "file") -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             keys = [k for k, _ in pairs]
-            raise CheckpointError(f"{path}: the {what} names {next(k for k in keys if keys.count(k) > 1)!r} twice")
+            twice = next(k for i, k in enumerate(keys) if k in keys[:i])
+            raise CheckpointError(f"{path}: the {what} names {shown(twice)} twice")
         return found
 
     def constant(text: str) -> NoReturn:
@@ -105,14 +106,14 @@ class TensorFile:
 
     def _entry(self, name: str, line: object) -> Entry:
         """One line, if its shape and dtype fill its bytes exactly."""
-        where = f"{self.path}: tensor {name!r}"
+        where = f"{self.path}: tensor {shown(name)}"
         if not isinstance(line, dict) or set(line) != {"dtype", "shape", "data_offsets"}:
             raise CheckpointError(f"{where} must have dtype, shape and data_offsets")
         dtype, shape, offsets = line["dtype"], line["shape"], line["data_offsets"]
         if not isinstance(dtype, str) or dtype not in SIZES:
-            raise CheckpointError(f"{where} has the unknown dtype {dtype!r}")
+            raise CheckpointError(f"{where} has the unknown dtype {shown(dtype)}")
         if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2 and len(shape) <= 8):
-            raise CheckpointError(f"{where}: shape {shape} or data_offsets {offsets} is not a list of sizes")
+            raise CheckpointError(f"{where}: shape {shown(shape)} or data_offsets {shown(offsets)} is no list of sizes")
         entry = Entry(dtype, tuple(shape), *offsets)
         if entry.end - entry.start != prod(shape) * SIZES[dtype]:
             raise CheckpointError(f"{where}: {dtype} {shape} does not fill its data_offsets {offsets}")
@@ -123,12 +124,23 @@ class TensorFile:
         at = 0
         for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].start, item[1].end)):
             if entry.start != at:
-                raise CheckpointError(f"{self.path}: tensor {name!r} begins at byte {entry.start}, not at {at}")
+                raise CheckpointError(f"{self.path}: tensor {shown(name)} begins at byte {entry.start}, not at {at}")
             at = entry.end
         if at != self.data_size:
-            raise CheckpointError(
-                f"{self.path}: the header describes {at} bytes of data, the file has {self.data_size}"
-            )
+            raise CheckpointError(f"{self.path}: the header describes {at} bytes, the file has {self.data_size}")
+
+    def pieces(self, name: str, rows: int, first: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """Rows first ... first + rows of a floating tensor, as (offset, some of them), in one buffer of PIECE bytes."""
+        entry = self.entries[name]
+        row = prod(entry.shape[1:]) * SIZES[entry.dtype]  # bytes
+        step = max(1, PIECE // max(row, 1))
+        buffer = torch.empty(min(step, rows) * row, dtype=torch.uint8)
+        with open_file(self.path) as (f, _):
+            f.seek(self.data_start + entry.start + first * row)
+            for i in range(0, rows, step):
+                piece = buffer[: min(step, rows - i) * row]
+                self._fill(f, memoryview(piece.numpy()))  # type: ignore[arg-type]
+                yield i, piece.view(FLOATS[entry.dtype]).view(-1, *entry.shape[1:])
 
     def read(
         self,
@@ -136,20 +148,17 @@ class TensorFile:
         out: Tensor,  # (rows, ...) any strides, dtype and device
         first: int = 0,  # first row of the stored tensor
     ) -> None:
-        """Copies rows first ... first + len(out) into `out`, converting; at most PIECE bytes are held beside it."""
-        entry = self.entries[name]
-        row = prod(entry.shape[1:]) * SIZES[entry.dtype]  # bytes
-        step = max(1, PIECE // max(row, 1))
-        buffer = torch.empty(min(step, len(out)) * row, dtype=torch.uint8)
-        with open_file(self.path) as (f, _):
-            f.seek(self.data_start + entry.start + first * row)
-            for i in range(0, len(out), step):
-                part = out[i : i + step]
-                piece = buffer[: len(part) * row]
-                self._fill(f, memoryview(piece.numpy()))
-                part.copy_(piece.view(FLOATS[entry.dtype]).view(part.shape))
-                if not part.isfinite().all():
-                    raise CheckpointError(f"{self.path}: tensor {name!r} holds NaN or infinity as {part.dtype}")
+        """Copies rows first ... first + len(out) into `out`, converting."""
+        for i, piece in self.pieces(name, len(out), first):
+            part = out[i : i + len(piece)].copy_(piece)
+            low, high = part.aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise CheckpointError(f"{self.path}: tensor {shown(name)} holds NaN or infinity as {part.dtype}")
+
+    def same(self, name: str, other: Tensor) -> bool:  # (rows, ...)
+        """Whether the stored tensor equals this one, once converted."""
+        pieces = self.pieces(name, len(other))
+        return all(torch.equal(piece.to(other), other[i : i + len(piece)]) for i, piece in pieces)
 
     def _fill(self, f: BinaryIO, view: memoryview) -> None:
         done = 0
@@ -158,6 +167,12 @@ class TensorFile:
             if not n:
                 raise CheckpointError(f"{self.path}: became shorter while it was read")
             done += n
+
+
+def shown(value: object) -> str:
+    """A value from a file as one short printable line."""
+    text = ascii(value) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _naturals(value: object) -> bool:
@@ -180,6 +195,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         f.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             plain = tensor.detach().to("cpu").contiguous()
-            f.write(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+            f.write(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         f.flush()
         os.fsync(f.fileno())

@@ -39,13 +39,14 @@ class Source:
     def __init__(self, path: Path | str) -> None:
         self.path, self.line, self._unpacked = path, 0, 0
         try:
-            raw = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115  see __exit__
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe is not waited for
         except (OSError, ValueError) as e:  # ValueError: NUL in the name
             raise DataError(f"{path}: {getattr(e, 'strerror', None) or e}") from e
-        self._raw, info = raw, os.fstat(raw.fileno())
+        info = os.fstat(handle)
         if not stat.S_ISREG(info.st_mode):
-            raw.close()
+            os.close(handle)
             raise DataError(f"{path}: is no regular file")
+        raw = self._raw = open(handle, "rb")  # noqa: SIM115  closed by __exit__
         self._size, self._packed = info.st_size, raw.peek(2)[:2] == b"\x1f\x8b"
         self._file: Any = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if self._packed else raw
 

@@ -192,12 +192,19 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
             raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_BYTES} that a tokenizer may have")
         data = file.read()
     try:
-        full = tokenizers.Tokenizer.from_str(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
+        full = tokenizers.Tokenizer.from_str(text)
         ids = full.get_vocab(with_added_tokens=True).values()
+        added = [(token["content"], token["id"]) for token in json.loads(text)["added_tokens"]]
     except Exception as e:
         raise CheckpointError(f"{path}: is no usable tokenizer.json ({str(e)[:200]})") from e
     if not ids or max(ids) > 2 * len(ids) + 1024:
         raise CheckpointError(f"{path}: {len(ids)} tokens with ids up to {max(ids, default=0)}")
+    for spelling, token_id in added:  # the library numbers them anew where they do not fit
+        if full.token_to_id(spelling) != token_id:
+            raise CheckpointError(
+                f"{path}: holds {spelling[:40]!a} under id {full.token_to_id(spelling)}, not {token_id}"
+            )
     return full
 
 

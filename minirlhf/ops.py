@@ -138,6 +138,9 @@ def head_stats_torch(  # noqa: PLR0913  (as `head_stats`)
     want: tuple[str, ...],
 ) -> tuple[Tensor | None, ...]:  # the fields of HeadStats, (N,) each
     """A chunk of rows at a time; the backward pass makes each chunk's logits again, unless the weight is frozen."""
+    hidden, weight = _factors(hidden, weight)
+    if ref_hidden is not None and ref_weight is not None:
+        ref_hidden, ref_weight = _factors(ref_hidden, ref_weight)
     plan = _Plan(want, temperature, softcap, torch.is_grad_enabled())
     return _Head.apply(hidden, weight, bias, targets, ref_hidden, ref_weight, plan)
 
@@ -146,7 +149,7 @@ class _Plan(NamedTuple):
     want: tuple[str, ...]
     temperature: float
     softcap: float | None
-    grad: bool
+    grad: bool  # a backward pass may come
 
 
 class _Chunk(NamedTuple):
@@ -173,50 +176,48 @@ class _Head(torch.autograd.Function):
         """Statistics; with a frozen weight also the slopes d statistic/d hidden."""
         *inputs, plan = args
         hidden, weight = inputs[:2]
-        N, V, dtype = len(hidden), len(weight), wide_type(hidden, weight)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, *need_others = (plan.grad and need for need in ctx.needs_input_grad[:3])
-        frozen = need_hidden and not any(need_others)
-        out = {name: hidden.new_empty(N, dtype=dtype) for name in plan.want}
-        slopes = {name: hidden.new_empty(hidden.shape, dtype=dtype) for name in plan.want if frozen}
-        wide = widened(weight)
-        for rows in row_chunks(N, V):
-            chunk = _chunk(rows, inputs, wide, plan)
+        ctx.frozen = need_hidden and not any(need_others)
+        out = {name: hidden.new_empty(len(hidden), dtype=dtype) for name in plan.want}
+        slopes = {name: hidden.new_empty(hidden.shape, dtype=dtype) for name in plan.want if ctx.frozen}
+        for rows in row_chunks(len(hidden), len(weight)):
+            chunk = _chunk(rows, inputs, plan)
             for name in plan.want:
                 out[name][rows] = chunk.stats[name]
             for name, slope in slopes.items():
-                slope[rows] = product(_logit_gradient(chunk, {name: torch.ones_like(out[name][rows])}, plan), wide)
+                slope[rows] = product(_logit_gradient(chunk, {name: torch.ones_like(out[name][rows])}, plan), weight)
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.frozen, ctx.dtype = plan, frozen, hidden.dtype
-        ctx.save_for_backward(*(slopes.values() if frozen else inputs))
+        ctx.plan = plan
+        ctx.save_for_backward(*(slopes.values() if ctx.frozen else inputs))
         return tuple(out.get(name) for name in HeadStats._fields)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden, weight and bias."""
+        """Gradients of hidden, weight and bias, at least fp32; autograd rounds them to the dtype of the inputs."""
         given = {name: g for name, g in zip(HeadStats._fields, upstream, strict=True) if g is not None}
         if not given:
             return (None,) * 7
         if ctx.frozen:
             slopes = dict(zip(ctx.plan.want, ctx.saved_tensors, strict=True))
-            dh = sum(g[:, None] * slopes[name] for name, g in given.items())
-            return dh.to(ctx.dtype), *(None,) * 6
+            return sum(g[:, None] * slopes[name] for name, g in given.items()), *(None,) * 6
         inputs = ctx.saved_tensors
-        hidden, weight = inputs[:2]
-        wide, dtype = widened(weight), wide_type(hidden, weight)
-        sums = [torch.zeros_like(x, dtype=dtype) if ctx.needs_input_grad[i] else None for i, x in enumerate(inputs[:3])]
-        dh, dw, db = sums
+        hidden, weight, bias = inputs[:3]
+        dtype, (need_hidden, need_weight, need_bias) = next(iter(given.values())).dtype, ctx.needs_input_grad[:3]
+        dh = torch.empty_like(hidden, dtype=dtype) if need_hidden else None
+        dw = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        db = torch.zeros_like(bias, dtype=dtype) if need_bias else None
         for rows in row_chunks(len(hidden), len(weight)):
-            du = _logit_gradient(
-                _chunk(rows, inputs, wide, ctx.plan), {name: g[rows] for name, g in given.items()}, ctx.plan
-            )  # (n, V)
+            chunk = _chunk(rows, inputs, ctx.plan)
+            du = _logit_gradient(chunk, {name: g[rows] for name, g in given.items()}, ctx.plan)  # (n, V)
             if dh is not None:
-                dh[rows] = product(du, wide)
+                dh[rows] = product(du, weight)
             if dw is not None:
                 dw += product(du.T, hidden[rows])
             if db is not None:
                 db += du.sum(0)
-        return *(s if s is None else s.to(x.dtype) for s, x in zip(sums, inputs, strict=False)), *(None,) * 4
+        return dh, dw, db, *(None,) * 4
 
 
 def row_chunks(N: int, V: int) -> Iterator[slice]:
@@ -225,10 +226,10 @@ def row_chunks(N: int, V: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, N, size))
 
 
-def _chunk(rows: slice, inputs: Sequence[Any], wide: Tensor, plan: _Plan) -> _Chunk:
-    """Log-probs and statistics of some rows; `wide` is the weight."""
-    hidden, _, bias, targets, ref_hidden, ref_weight = inputs
-    logp, lse, bend = _log_softmax(hidden[rows], wide, bias, plan)
+def _chunk(rows: slice, inputs: Sequence[Any], plan: _Plan) -> _Chunk:
+    """Log-probs and statistics of some rows."""
+    hidden, weight, bias, targets, ref_hidden, ref_weight = inputs
+    logp, lse, bend = _log_softmax(hidden[rows], weight, bias, plan)
     stats, gap = {"lse": lse, "logprobs": logp.gather(1, targets[rows][:, None])[:, 0]}, None
     if "entropy" in plan.want:
         stats["entropy"] = -(logp.exp() * logp).sum(1)
@@ -274,19 +275,16 @@ def _logit_gradient(chunk: _Chunk, given: dict[str, Tensor], plan: _Plan) -> Ten
     return du.div_(plan.temperature)
 
 
-def wide_type(a: Tensor, b: Tensor) -> torch.dtype:
-    """Of sums and results: at least fp32."""
-    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-
-
-def widened(weight: Tensor) -> Tensor:
-    """The weight as `product` uses it, so that it is converted once and not for every chunk."""
-    return weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
+def _factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype in which they are multiplied: at least fp32, but on CUDA, which sums products of bf16 in fp32."""
+    if a.is_cuda and a.dtype == b.dtype:
+        return a, b
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(wide), b.to(wide)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at least fp32
-    """A matrix product summed in fp32 and not rounded back: of bf16 factors on CUDA, of widened ones elsewhere."""
-    if b.is_cuda and b.dtype in (torch.bfloat16, torch.float16):
+    """A matrix product, a rounded to the dtype of b; summed in fp32 at least, and never rounded back."""
+    if b.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    dtype = wide_type(a, b)
-    return torch.mm(a.to(dtype), b.to(dtype))
+    return torch.mm(a, b)

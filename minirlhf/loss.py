@@ -136,7 +136,7 @@ def ranking_loss(
     """
     if kind not in ("log", "sigmoid", "softmax"):
         raise ValueError(f"ranking_loss: kind {kind!r} is none of log, sigmoid, softmax")
-    pairs, n = strict_pairs(scores, ranks)  # (B, K, K), (B,)
+    pairs, n = _strict_pairs(scores, ranks)  # (B, K, K), (B,)
     present = ranks > 0  # (B, K)
     r = torch.where(present, _wide(scores), 0.0)
     if kind == "softmax":
@@ -157,13 +157,13 @@ def centering_penalty(
 ) -> Tensor:  # (B,)
     """(r_w + r_l)², which draws scores to mean 0 (Eisenstein et al. 2023, arXiv 2312.09244); the mean over the strict
     pairs of a list, 0 without one."""
-    pairs, n = strict_pairs(scores, ranks)
+    pairs, n = _strict_pairs(scores, ranks)
     r = torch.where(ranks > 0, _wide(scores), 0.0)
     total = torch.where(pairs, r[:, :, None] + r[:, None, :], 0.0)  # (B, K, K)
     return total.square().sum((1, 2)) / n.clamp(min=1)
 
 
-def strict_pairs(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:  # (B, K) each → (B, K, K) bool, (B,)
+def _strict_pairs(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:  # (B, K) each → (B, K, K) bool, (B,)
     """[b, i, j]: answers i and j are both present and i is ranked above j; and how many such pairs a list has."""
     assert scores.shape == ranks.shape, (scores.shape, ranks.shape)
     assert scores.ndim == 2, scores.shape

@@ -12,7 +12,7 @@ from torch import Tensor
 AllSum = Callable[[Tensor], Tensor]  # a sum over ranks, such as `dist.all_sum`
 
 
-def alone(x: Tensor) -> Tensor:
+def _alone(x: Tensor) -> Tensor:
     """The sum over ranks of one process."""
     return x
 
@@ -50,7 +50,7 @@ def masked_mean(
 
 def masked_var(x: Tensor, mask: Tensor, *, ddof: int = 0) -> Tensor:  # (...), (...) bool → ()
     """Σ (x - μ)² / (n - ddof) over the n True entries. Raises ValueError unless n > ddof."""
-    _, centered, n = _centered(x, mask, alone)
+    _, centered, n = _centered(x, mask, _alone)
     if n <= ddof:
         raise ValueError(f"masked_var: {int(n)} True entries are too few for ddof {ddof}")
     return centered.square().sum() / (n - ddof)
@@ -63,7 +63,7 @@ def whiten(
     center: bool = True,
     ddof: int = 0,
     eps: float = 1e-8,
-    all_sum: AllSum = alone,  # statistics over the True entries of all ranks
+    all_sum: AllSum = _alone,  # statistics over the True entries of all ranks
 ) -> Tensor:  # (...) 0 where the mask is False
     """(x - μ)/√(var + eps), and + μ again unless `center` (OpenAI lm-human-preferences 2019, there over padding too).
 

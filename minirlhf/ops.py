@@ -111,7 +111,7 @@ def _choose(impl: str, hidden: Tensor) -> Any:
         raise ValueError(f"head_stats: impl {impl!r} is none of auto, torch, triton")
     installed = importlib.util.find_spec("triton") is not None
     if impl == "torch" or (impl == "auto" and not (hidden.is_cuda and installed and hidden.dtype != torch.float64)):
-        return head_stats_torch
+        return _head_stats_torch
     if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("impl='triton' needs tensors on a CUDA device, or TRITON_INTERPRET=1; else use impl='torch'")
     if not installed:
@@ -125,7 +125,7 @@ def _choose(impl: str, hidden: Tensor) -> Any:
 # ---- the torch tier -------------------------------------------------------------------------------------------------
 
 
-def head_stats_torch(  # noqa: PLR0913  (as `head_stats`)
+def _head_stats_torch(  # noqa: PLR0913  (as `head_stats`)
     hidden: Tensor,  # (N, C)
     weight: Tensor,  # (V, C)
     targets: Tensor,  # (N,)
@@ -181,12 +181,12 @@ class _Head(torch.autograd.Function):
         ctx.frozen = need_hidden and not any(need_others)
         out = {name: hidden.new_empty(len(hidden), dtype=dtype) for name in plan.want}
         slopes = {name: hidden.new_empty(hidden.shape, dtype=dtype) for name in plan.want if ctx.frozen}
-        for rows in row_chunks(len(hidden), len(weight)):
+        for rows in _row_chunks(len(hidden), len(weight)):
             chunk = _chunk(rows, inputs, plan)
             for name in plan.want:
                 out[name][rows] = chunk.stats[name]
             for name, slope in slopes.items():
-                slope[rows] = product(_logit_gradient(chunk, {name: torch.ones_like(out[name][rows])}, plan), weight)
+                slope[rows] = _product(_logit_gradient(chunk, {name: torch.ones_like(out[name][rows])}, plan), weight)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
         ctx.save_for_backward(*(slopes.values() if ctx.frozen else inputs))
@@ -208,19 +208,19 @@ class _Head(torch.autograd.Function):
         dh = torch.empty_like(hidden, dtype=dtype) if need_hidden else None
         dw = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         db = torch.zeros_like(bias, dtype=dtype) if need_bias else None
-        for rows in row_chunks(len(hidden), len(weight)):
+        for rows in _row_chunks(len(hidden), len(weight)):
             chunk = _chunk(rows, inputs, ctx.plan)
             du = _logit_gradient(chunk, {name: g[rows] for name, g in given.items()}, ctx.plan)  # (n, V)
             if dh is not None:
-                dh[rows] = product(du, weight)
+                dh[rows] = _product(du, weight)
             if dw is not None:
-                dw += product(du.T, hidden[rows])
+                dw += _product(du.T, hidden[rows])
             if db is not None:
                 db += du.sum(0)
         return dh, dw, db, *(None,) * 4
 
 
-def row_chunks(N: int, V: int) -> Iterator[slice]:
+def _row_chunks(N: int, V: int) -> Iterator[slice]:
     """Rows within the budget, but no fewer than 256, which would starve the product; and never all rows in one."""
     size = max(1, min(max(BUDGET // (4 * V), 256), -(-N // 4)))
     return (slice(start, start + size) for start in range(0, N, size))
@@ -241,7 +241,7 @@ def _chunk(rows: slice, inputs: Sequence[Any], plan: _Plan) -> _Chunk:
 
 def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor, Any]:
     """(n, C), (V, C) → log p (n, V), lse (n,), bend. The maximum goes out first: a common offset costs no digits."""
-    z, bend = product(hidden, weight.T), None
+    z, bend = _product(hidden, weight.T), None
     if bias is not None:
         z += bias
     if plan.softcap is not None:
@@ -276,14 +276,14 @@ def _logit_gradient(chunk: _Chunk, given: dict[str, Tensor], plan: _Plan) -> Ten
 
 
 def _factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype in which they are multiplied: at least fp32, but on CUDA, which sums products of bf16 in fp32."""
+    """Both in the dtype of the product: at least fp32, except on CUDA, which sums products of bf16 in fp32 itself."""
     if a.is_cuda and a.dtype == b.dtype:
         return a, b
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(wide), b.to(wide)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at least fp32
+def _product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at least fp32
     """A matrix product, a rounded to the dtype of b; summed in fp32 at least, and never rounded back."""
     if b.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)

@@ -295,9 +295,9 @@ SWITCHES = {  # what a family that is silent gets
     "tied": False,
     "qkv": "split",
 }
-ACTIVATIONS = {  # config.json spelling -> ours; writing takes the first that matches
-    "gelu_new": "gelu_tanh",
+ACTIVATIONS = {  # config.json spelling -> ours; writing takes the family's default if it fits, or the first that does
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
     "gelu": "gelu",

@@ -223,10 +223,10 @@ def render_config(config: ModelConfig) -> dict[str, Any]:
     """What config.json must say to describe this architecture; UsageError where the family's format cannot."""
     family = FAMILIES[config.family]
     raw: dict[str, Any] = {"model_type": config.family} | family.fixed
-    for field, (spellings, _) in family.fields.items():
+    for field, (spellings, usual) in family.fields.items():
         value = getattr(config, field)
         if field == "activation":
-            value = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == value)
+            value = next(theirs for theirs in (usual, *ACTIVATIONS) if ACTIVATIONS[theirs] == value)
         raw[spellings[0]] = value
     if config.family == "opt":
         raw["word_embed_proj_dim"] = config.d_model

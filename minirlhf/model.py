@@ -18,7 +18,7 @@ from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES, SWITCHES
 
 DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
-SIZES = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
+SIZES: tuple[str, ...] = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
 SIZES += ("n_kv_head", "head_dim", "d_inner", "sliding_window")  # these may be None
 DROPOUTS = ("dropout", "embed_dropout", "attn_dropout")
 CHOICES = {

@@ -130,21 +130,24 @@ def probe(
     rng = generator(seed, "probe")
     words = " ".join(answers).split()
     mixed = [" ".join(words[i] for i in torch.randint(len(words), (8,), generator=rng).tolist()) for _ in range(n)]
-    short = min((a for a in answers if a), key=len, default="")
     longest = max(answers, key=len)
     stop = "。" if "。" in longest else "."
     joint = " " if " " in longest else ""
     others = [next((a for p, a in zip(prompts, answers, strict=True) if p != prompt), None) for prompt in prompts]
+
+    def shortest(prompt: str) -> str:
+        return min((a for p, a in zip(prompts, answers, strict=True) if p == prompt and a), key=len, default="")
+
     degenerate: dict[str, list[str | None]] = {
         "empty": [""] * n,
         "one full stop": [stop] * n,
         "one word": [(a.split() or [a])[0][: max(1, len(a) // 2)] for a in answers],
-        "one answer five times": [joint.join([short] * 5)] * n,
+        "one answer five times": [joint.join([shortest(p)] * 5) for p in prompts],
         "echo of the prompt": list(prompts),
         "another prompt's answer": list(others),
         "random words": list(mixed),
         "cut in half": [a[: len(a) // 2].rstrip() for a in answers],
-        "very long": [joint.join([longest] * 4)] * n,
+        "all answers in a row": [joint.join(answers)] * n,
     }
     ordinary = sorted(score(prompts, answers))
     median = ordinary[n // 2]

@@ -38,6 +38,7 @@ class Run:
         self.config, self.name = config, name
         self.signal = 0  # exit code asked for by a signal, 0: none
         self.training = False
+        self.dropped: list[dict[str, Any]] = []  # rows of data files that were left out, and why
         self.folder = Path(config.run.dir or f"runs/{name}")
         self.progress = Progress(name, config.run.steps)
         self._lock: Any = None
@@ -48,17 +49,26 @@ class Run:
     # ---- folder ----
 
     def _claim(self) -> None:
-        """Make the folder ours, or raise UsageError with the reason."""
+        """Make sure that the folder can become ours, or raise UsageError with the reason. Changes nothing in it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            if self._used() and not self.config.run.resume and not self.config.run.dir and not self._unfinished():
-                self._set_aside()
-            self._refuse_foreign()
         except OSError as e:
             raise UsageError(f"run.dir {self.folder}: {e.strerror or e}; choose a folder that can be written") from e
+        run = self.config.run
+        self.goes_aside = self._used() and not run.resume and not run.dir and not self._unfinished()
+        if not self.goes_aside:
+            self._refuse_foreign()
+
+    def _begin(self) -> None:
+        """Everything is loaded and sound: an earlier run goes aside now, and the folder tells whose it is."""
+        if self.goes_aside:
+            self._set_aside()
         write_json(self.folder / "config.json", to_dict(self.config))
         write_json(self.folder / "environment.json", environment())
+        (self.folder / "dropped.jsonl").unlink(missing_ok=True)
+        for row in self.dropped:
+            append_line(self.folder / "dropped.jsonl", row)
 
     def _take_lock(self) -> None:
         """An advisory lock that the kernel frees whatever happens to this process."""
@@ -123,7 +133,11 @@ class Run:
     # ---- steps ----
 
     def restore(self) -> tuple[int, checkpoint.Tensors, dict[str, Any]] | None:
-        """The newest checkpoint that verifies, with the logs cut back to it; None: start from the beginning."""
+        """The newest checkpoint that verifies, with the logs cut back to it; None: start from the beginning.
+
+        To be called once everything is loaded: from here on the folder is this run's.
+        """
+        self._begin()
         found = checkpoint.load_newest(self.folder / "checkpoints") if self.config.run.resume else None
         step = found[0] if found else 0
         for log in ("metrics.jsonl", "samples.jsonl"):
@@ -200,7 +214,7 @@ def run_script(
         config = load_config(config_class, argv)
         prepare_torch(config.run)
         run = Run(config, name)
-        if run.finished:
+        if run.finished and not run.goes_aside:
             print(f"{run.folder} is finished; nothing to resume")  # noqa: T201
             return 0
         main(config, run)

@@ -21,7 +21,6 @@ from minirlhf.evaluate import Gold, TextScore, score_texts
 from minirlhf.formats import read_records
 from minirlhf.generate import generate
 from minirlhf.heads import ValueModel
-from minirlhf.log import append_line
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.pretrained import load_causal_lm, load_reward_model, save_pretrained
 from minirlhf.reward import load_reward_fn
@@ -187,10 +186,10 @@ class Text(NamedTuple):
 def read(config: Any, run: Run) -> list[Any]:
     """All records of data.path; rows that were dropped are counted on the terminal and kept in dropped.jsonl."""
     data = config.data
-    (run.folder / "dropped.jsonl").unlink(missing_ok=True)
     records, summary = read_records(data.path, format=data.format, on_bad_row=data.on_bad_row)
-    for row in summary.dropped:
-        append_line(run.folder / "dropped.jsonl", {"path": data.path, "line": row.line, "reason": row.reason})
+    run.dropped += [{"path": data.path, "line": row.line, "reason": row.what} for row in summary.dropped]
+    if summary.dropped:
+        run.say(str(summary))
     if not records:
         raise DataError(f"{data.path}: no usable record")
     if data.holdout >= len(records):

@@ -20,7 +20,8 @@ from typing import Any
 from minirlhf.errors import DataError
 
 MAX_LINE = 8 << 20  # bytes of a line, characters of an element of an array
-FREE_UNPACKED, MAX_RATIO = 16 << 20, 100  # past the first, a file may unpack to that many times its size
+MAX_BLANK = 1_000_000  # blank lines in a row
+FREE_UNPACKED, MAX_RATIO = 4 << 20, 30  # past the first, a file may unpack to that many times its size; text: 3 to 10
 SPACE = " \t\r\n"
 SPACES = re.compile(f"[{SPACE}]*")
 
@@ -59,6 +60,7 @@ class Source:
 
     def lines(self) -> Iterator[bytes]:
         """Lines that are not blank, with their ends; of one over MAX_LINE, its beginning."""
+        blank = 0
         while line := self._read(self._file.readline, MAX_LINE + 2):
             self.line += 1
             if self.line == 1:
@@ -66,7 +68,10 @@ class Source:
                 if line.startswith(b"version https://git-lfs"):
                     raise DataError(f"{self.path}:1: a Git LFS pointer, not the data; run git lfs pull")
             if line.strip(b" \r\n"):
+                blank = 0
                 yield line
+            elif (blank := blank + 1) > MAX_BLANK:
+                raise DataError(f"{self.path}:{self.line}: {MAX_BLANK} blank lines in a row")
 
     def skip_line(self) -> None:
         """Read on to the end of a line of which `lines` gave the beginning."""

@@ -67,6 +67,7 @@ def label(runs: Sequence[Traces], i: int) -> str:
 def curves(runs: Sequence[Traces], metrics: Sequence[str]) -> list[Curve]:
     """One run: a colour per metric. Several: a colour per run, a stroke per metric."""
     found = []
+    metrics = [metric for metric in metrics if any(metric in run.series for run in runs)]
     for i, run in enumerate(runs):
         for j, metric in enumerate(metrics):
             if metric in run.series:

@@ -19,7 +19,7 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; padding-bottom: .2rem; border-b
 h3 { font-size: 1rem; margin: .8rem 0 .4rem; }
 p { margin: .4rem 0; max-width: 48rem; }
 .dim, figcaption { color: var(--dim); font-size: .85rem; }
-.tiles { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); margin: 1rem 0; }
+.tiles { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); margin: 1rem 0; }
 .tile { background: var(--soft); border-radius: .4rem; padding: .5rem .7rem; }
 .tile b { display: block; font-size: 1.1rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 .grid { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
@@ -84,15 +84,15 @@ def shown(text: object) -> str:
     return html.escape(spelled(whole[:MAX_TEXT])) + (f"… ({rest:,} more characters)" if rest > 0 else "")
 
 
-def number(x: object) -> str:
-    """Four digits of a float, all of an int; a dash for what is missing."""
+def number(x: object, digits: int = 4) -> str:
+    """So many digits of a float, all of an int; a dash for what is missing."""
     if x is None:
         return "–"
     if isinstance(x, bool) or not isinstance(x, int | float):
         return shown(x)
     if isinstance(x, int):
         return f"{x:,}" if abs(x) < 10**15 else shown(x)
-    return f"{x:,.0f}" if 1e4 <= abs(x) < 1e9 else f"{x:.4g}".replace("-", "−")
+    return f"{x:,.0f}" if 1e4 <= abs(x) < 1e9 else f"{x:.{digits}g}".replace("-", "−")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, label: str, numeric: Sequence[int] = ()) -> str:

@@ -185,7 +185,7 @@ def ends(run: RunFiles, trace: Traces, metric: str, key: str) -> str:
     if not all(isinstance(x, int | float) for x in pair):
         logged = [y for _, y in trace.series.get(metric, ()) if y == y]
         pair = [logged[0], logged[-1]] if logged else []
-    return "&nbsp;→&nbsp;".join(map(number, pair))
+    return "&nbsp;→&nbsp;".join(number(x, 3) for x in pair)
 
 
 def alarms(runs: Sequence[RunFiles], found: Sequence[Traces]) -> str:

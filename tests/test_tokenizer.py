@@ -288,18 +288,3 @@ def test_a_decoder_of_bytes_is_read_as_it_is(tmp_path):
     full.decoder = decoders.ByteLevel()
     (tmp_path / "tokenizer.json").write_text(full.to_str())
     assert Tokenizer.load(tmp_path).decode([1]) == " a"
-
-
-@MAKERS
-def test_transformers_reads_the_folder(tmp_path, make):
-    transformers = pytest.importorskip("transformers")
-    t = make()
-    t.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id) == (1, 0, 2)
-    for text in ("how was film", "It 's 你 , ok ."):
-        ids = t.encode(text)
-        assert theirs(text)["input_ids"] == ids
-        assert theirs.decode([*ids, 1], skip_special_tokens=True) == t.decode([*ids, 1])
-    theirs.save_pretrained(tmp_path / "again")
-    assert Tokenizer.load(tmp_path / "again").fingerprint == t.fingerprint

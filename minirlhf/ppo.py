@@ -49,10 +49,10 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     if o.whiten_advantages:
         advantages = whiten(advantages, mask)
 
-    epochs: list[TokenSums] = []
+    steps: list[TokenSums] = []
     for minibatches in plans:
-        epochs.append(TokenSums())
         for microbatches in minibatches:
+            steps.append(TokenSums())
             n = dist.all_sum(mask[torch.cat(microbatches)].sum())  # real tokens of this optimizer step
             for index in microbatches:
                 part = rollout.rows(index)
@@ -66,17 +66,19 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 if entropy is not None:
                     loss = loss - o.entropy_coef * entropy
                 (masked_sum(loss, m) / n).backward()
-                epochs[-1].add(
-                    m, policy=pg, value=vf, ratio=(logprobs - old).exp(), kl=kl_estimate(old, logprobs, "k3"),
+                ratio = (logprobs - old).exp()
+                steps[-1].add(
+                    m, policy=pg, value=vf, ratio=ratio, gap=(ratio - 1).abs(), kl=kl_estimate(old, logprobs, "k3"),
                     clipped=is_clipped(logprobs, old, A, clip_range=o.clip_range),
                 )  # fmt: skip
             optimizer_step(optimizer, (policy, value_model), max_grad_norm)
-        if o.stop_kl and epochs[-1].mean("kl") > o.stop_kl:
+        if o.stop_kl and mean_of(steps[-len(minibatches) :], "kl") > o.stop_kl:
             break
 
     return {
-        **{metric: mean_of(epochs, name) for metric, name in UPDATE_METRICS.items()},
-        "policy/epochs": len(epochs),
+        **{metric: mean_of(steps, name) for metric, name in UPDATE_METRICS.items()},
+        "val/first_ratio_gap": mean_of(steps[:1], "gap"),  # 0, or sampling and training disagree
+        "policy/epochs": len(steps) // len(plans[0]),
         "value/explained_var": float(explained_variance(rollout.values, returns, mask)),
         "objective/rlhf_reward": float(masked_sum(rewards, mask)) / len(rollout),
     }
@@ -103,10 +105,6 @@ class TokenSums:
         self.count = self.count + mask.sum()
         for name, x in stats.items():
             self.sums[name] = self.sums.get(name, 0) + masked_sum(x.detach(), mask)
-
-    def mean(self, name: str) -> float:
-        """Per token."""
-        return mean_of([self], name)
 
 
 def mean_of(parts: Sequence[TokenSums], name: str) -> float:

@@ -1,0 +1,141 @@
+"""A rollout's numbers: who says what about which token, and that the first ratio is 1 in every bit."""
+
+import copy
+
+import pytest
+import torch
+from tolerance import assert_close, exact, fp32
+
+from minirlhf.config import PPOSection
+from minirlhf.data import left_padded
+from minirlhf.heads import RewardModel, ValueModel
+from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.ppo import epoch_plans
+from minirlhf.rng import generator
+from minirlhf.rollout import (
+    Roles,
+    collect,
+    judge,
+    policy_logprobs,
+    response_positions,
+    reward_model_score,
+    state_values,
+)
+
+EOS, PAD, V = 1, 0, 23
+OPTIONS = PPOSection(rollout_size=12, minibatch_size=6, microbatch_size=3, epochs=2)
+
+
+def wide(model, seed=5):
+    """Weights large enough for answers of different lengths and ratios that could differ."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.2)
+    return model
+
+
+def roles_of(family, *, zero_head=True):
+    config = ModelConfig(family=family, vocab_size=V, n_layer=2, n_head=2, d_model=16, max_seq_len=32)
+    policy = wide(CausalLM(config)).eval()
+    reward = wide(RewardModel(config), seed=6).eval()
+    value = ValueModel.from_reward_model(reward, zero_head=zero_head).eval()
+    return Roles(policy, copy.deepcopy(policy), value, reward_model_score(reward)), reward
+
+
+def roll(roles, *, seed=0, step=1, temperature=0.9):
+    prompts = [[3 + i % 5] * (1 + i % 4) + [4] for i in range(12)]
+    ids, mask = left_padded(prompts, PAD)
+    rngs = [generator(seed, "sample", step, row) for row in range(len(prompts))]
+    return collect(
+        roles, ids, mask, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=9, temperature=temperature, rng=rngs,
+        partition=lambda n: [rows for minibatch in epoch_plans(n, OPTIONS, seed, step)[0] for rows in minibatch],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
+def test_before_any_update_kl_is_zero_and_every_first_ratio_is_one(family):
+    roles, _ = roles_of(family)
+    rollout = roll(roles)
+    assert_close(rollout.old_logprobs - rollout.ref_logprobs, torch.zeros_like(rollout.old_logprobs), exact)
+    for minibatch in epoch_plans(rollout.lengths, OPTIONS, 0, 1)[0]:
+        for index in minibatch:
+            part = rollout.rows(index)
+            new = policy_logprobs(roles.policy, part, temperature=0.9)[0]
+            assert torch.equal(torch.exp(new - part.old_logprobs)[part.response_mask].unique(), torch.ones(1))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
+def test_logprobs_are_those_of_a_full_forward_of_each_row_alone(family):
+    roles, reward = roles_of(family)
+    rollout = roll(roles)
+    assert len(rollout.lengths.unique()) > 2
+    for b in range(len(rollout)):
+        prompt = rollout.prompts[b][rollout.prompt_mask[b]]
+        answer = rollout.responses[b][rollout.response_mask[b]]
+        both = torch.cat([prompt, answer])[None]
+        logits = roles.policy(both)[0, len(prompt) - 1 : -1]  # (R_b, V)
+        expected = torch.log_softmax(logits.double() / 0.9, -1)[torch.arange(len(answer)), answer]
+        n = len(answer)
+        assert_close(rollout.old_logprobs[b, :n], expected, fp32)
+        assert_close(rollout.sampler_logprobs[b, :n], expected, fp32)
+        assert not rollout.old_logprobs[b, n:].any()
+        assert_close(rollout.scores[b], reward(both)[0], fp32)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
+def test_value_after_the_last_token_is_the_reward_models_score(family):
+    roles, reward = roles_of(family, zero_head=False)
+    rollout = roll(roles)
+    values = roles.value_model(rollout.input_ids, rollout.attention_mask)  # (B, T)
+    last = rollout.attention_mask.long().cumsum(1).argmax(1)
+    assert_close(values[torch.arange(len(rollout)), last], reward(rollout.input_ids, rollout.attention_mask), fp32)
+
+
+def test_value_t_belongs_to_the_state_before_answer_token_t():
+    roles, _ = roles_of("gpt2", zero_head=False)
+    rollout = roll(roles)
+    for b in range(len(rollout)):
+        prompt = rollout.prompts[b][rollout.prompt_mask[b]]
+        answer = rollout.responses[b][rollout.response_mask[b]]
+        for t in range(len(answer)):
+            state = torch.cat([prompt, answer[:t]])[None]
+            assert_close(rollout.values[b, t], roles.value_model(state)[0, -1], fp32)
+    assert not state_values(roles.value_model, rollout)[~rollout.response_mask].any()
+
+
+def test_response_positions_by_hand():
+    x = torch.tensor([[10, 11, 12, 13, 14]])  # prompt of 2, answer of 3: a_0 is drawn after position 1
+    assert response_positions(x, 3).tolist() == [[11, 12, 13]]
+
+
+def test_mask_ends_with_eos_and_flags_say_who_was_cut():
+    rollout = roll(roles_of("gpt2")[0])
+    assert 0 < rollout.has_eos.sum() < len(rollout)
+    for tokens, mask, ended in zip(rollout.responses, rollout.response_mask, rollout.has_eos, strict=True):
+        real = tokens[mask].tolist()
+        assert (real[-1] == EOS) == bool(ended)
+        assert EOS not in real[:-1]
+        assert set(tokens[~mask].tolist()) <= {PAD}
+
+
+def test_answers_do_not_depend_on_neighbours_or_partition():
+    roles, _ = roles_of("gpt2")
+    whole = roll(roles)
+    again = judge(whole, [torch.arange(len(whole))], roles, temperature=0.9)
+    assert_close(again.old_logprobs, whole.old_logprobs, fp32)
+    assert_close(again.values, whole.values, fp32)
+    assert_close(again.scores, whole.scores, fp32)
+
+
+def test_rows_cut_common_padding_and_keep_everything_else():
+    rollout = roll(roles_of("gpt2")[0])
+    index = torch.tensor([4, 0])
+    part = rollout.rows(index)
+    R = int(rollout.response_mask[index].sum(1).max())
+    P = int(rollout.prompt_mask[index].sum(1).max())
+    assert part.responses.shape == (2, R)
+    assert part.prompts.shape == (2, P)
+    assert torch.equal(part.responses, rollout.responses[index, :R])
+    assert torch.equal(part.prompts, rollout.prompts[index, -P:])
+    assert part.prompt_mask[:, 0].any()

@@ -18,6 +18,7 @@ from minirlhf.safefile import read_json
 
 FILE = "adapter_config.json"
 MAX_RANK = 2**16
+ALL = "all-linear"
 SCALARS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora")
 PLACES = ("target_modules", "modules_to_save", "bias", "fan_in_fan_out", "init_lora_weights")
 HARMLESS = ("inference_mode", "peft_version", "auto_mapping", "revision", "megatron_core", "qalora_group_size")
@@ -31,25 +32,26 @@ class LoRAConfig:
     r: int  # rank
     alpha: float  # the update is scaled by alpha / r
     dropout: float = 0.0  # on the input of A, in training mode
-    targets: tuple[str, ...] | str = ("all-linear",)  # Hugging Face names; a str is one regular expression
+    targets: tuple[str, ...] | str = ALL  # Hugging Face names; a str is one regular expression
     rslora: bool = False  # scale by alpha / √r
 
     def __post_init__(self) -> None:
         if type(self.r) is not int or not 1 <= self.r <= MAX_RANK:
             raise UsageError(f"lora.r must be a whole number from 1 to {MAX_RANK}, not {str(self.r)[:80]}")
         if not _is_number(self.alpha):
-            raise UsageError(f"lora.alpha must be a finite number, not {self.alpha!r}")
+            raise UsageError(f"lora.alpha must be a finite number, not {str(self.alpha)[:80]}")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise UsageError(f"lora.dropout must be in [0, 1), not {self.dropout!r}")
+            raise UsageError(f"lora.dropout must be in [0, 1), not {str(self.dropout)[:80]}")
         if type(self.rslora) is not bool:
-            raise UsageError(f"lora.rslora must be true or false, not {self.rslora!r}")
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
-        named = isinstance(self.targets, str | tuple) and all(
-            isinstance(entry, str) and entry for entry in self.targets
-        )
-        if not named or not self.targets:
-            raise UsageError(f"lora.targets must name modules, or be 'all-linear', not {self.targets!r}")
+            raise UsageError(f"lora.rslora must be true or false, not {str(self.rslora)[:80]}")
+        entries = (self.targets,) if isinstance(self.targets, str) else self.targets
+        named = isinstance(entries, tuple | list) and all(isinstance(entry, str) and entry for entry in entries)
+        if not named or not entries:
+            raise UsageError(f"lora.targets must name modules, or be {ALL!r}, not {str(self.targets)[:80]}")
+        if any(entry.lower() == ALL for entry in entries):
+            object.__setattr__(self, "targets", ALL)  # PEFT knows the word by itself only, not in a list
+        elif not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(entries))
 
     @property
     def scale(self) -> float:
@@ -70,11 +72,10 @@ def match_targets(
 
     A string is a regular expression for whole paths; "all-linear" stands for every linear layer but the head.
     """
-    entries = (targets,) if isinstance(targets, str) else targets
-    if any(entry.lower() == "all-linear" for entry in entries):
+    if targets == ALL:
         return [*linear]
     found: set[str] = set()
-    for entry in entries:
+    for entry in (targets,) if isinstance(targets, str) else targets:
         hits = [path for path in names if _matches(entry, path, whole=isinstance(targets, str))]
         if not hits:
             known = sorted({path.rpartition(".")[2] for path in linear})

@@ -282,7 +282,8 @@ def test_targets():
         blocks[0] + m for m in ("attn.qkv", "mlp.up")
     ]
     everything = [b + m for b in blocks for m in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")]
-    assert [*target_modules(model, "all-linear")] == [*target_modules(model, ("all-linear",))] == everything
+    for targets in ("all-linear", ("all-linear",), ["All-Linear"], ("c_attn", "all-linear")):
+        assert [*target_modules(model, LoRAConfig(r=1, alpha=1, targets=targets).targets)] == everything
     llama = target_modules(lm("llama", n_layer=1), ("q_proj", "down_proj"))
     assert llama == {
         "trunk.blocks.0.attn.q": "model.layers.0.self_attn.q_proj",

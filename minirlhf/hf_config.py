@@ -239,7 +239,7 @@ def render_config(config: ModelConfig) -> dict[str, Any]:
         raw["use_sliding_window"], raw["sliding_window"] = bool(sliding), config.sliding_window
         raw["max_window_layers"] = min(sliding, default=config.n_layer)
         raw["layer_types"] = ["sliding_attention" if i in sliding else "full_attention" for i in layers]
-    if config.position == "rotary":
+    if family.switches["position"] == "rotary":
         raw |= _render_rope(config)
     again = parse_config(raw, "this model")
     for field in (f.name for f in fields(ModelConfig)):

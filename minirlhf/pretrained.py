@@ -12,6 +12,7 @@ without its head gets a random one in silence.
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -236,34 +237,37 @@ def _place(name: str, tensor: Tensor, packed: bool) -> tuple[str, int, int]:
 
 
 def _check_tokens(folder: Path, raw: dict[str, Any], config: ModelConfig) -> None:
-    """tokenizer.json fits the embedding and holds every special token under the id that the folder states."""
+    """tokenizer.json fits the embedding and holds every special token under each id that the folder states."""
     file = folder / "tokenizer.json"
     if not os.path.lexists(file):
         return
     ids = _vocabulary(file)
-    if max(ids.values()) >= config.vocab_size:
-        raise CheckpointError(f"{file}: token id {max(ids.values())}, but the embedding has {config.vocab_size} rows")
-    generation, names, tokens = (
-        read_json(folder / name) if os.path.lexists(folder / name) else {}
-        for name in ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
-    )
-    held = set(ids.values())
-    for key in SPECIAL:
-        stated = [i for data in (raw, generation) for i in _as_list(data.get(key))]
+    held, largest = set(ids.values()), max(ids.values())
+    if largest >= config.vocab_size:
+        raise CheckpointError(f"{file}: token id {largest}, but the embedding has {config.vocab_size} rows")
+    for name, spelling, stated in _stated_tokens(folder, raw):
+        if spelling is not None and spelling not in ids:
+            raise CheckpointError(f"{file}: does not hold {name} {shown(spelling)}, which the folder states")
+        if spelling is not None and stated and ids[spelling] not in stated:
+            raise CheckpointError(f"{file}: holds {name} {shown(spelling)} under {ids[spelling]}, not {shown(stated)}")
         for i in stated:
             if i not in held:
-                raise CheckpointError(f"{file}: holds no token {shown(i)}, which the folder states as {key}")
-        for data in (names, tokens):
-            token = _content(data.get(key.removesuffix("_id")))
-            if token is not None and (token not in ids or (stated and ids[token] not in stated)):
-                under = f"under id {shown(stated)}" if stated else "which the folder states"
-                raise CheckpointError(f"{file}: does not hold {key.removesuffix('_id')} {shown(token)} {under}")
+                raise CheckpointError(f"{file}: holds no token {shown(i)}, which the folder states as {name}")
+
+
+def _stated_tokens(folder: Path, raw: dict[str, Any]) -> Iterator[tuple[str, str | None, list[Any]]]:
+    """What a folder says of special tokens: name, spelling or None, ids that one file states, maybe none."""
+    generation, tokens, special = (
+        read_json(folder / name) if os.path.lexists(folder / name) else {}
+        for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+    )
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        for spelling in (_spelling(data.get(name)) for data in (tokens, special)):
+            for ids in (data.get(f"{name}_id") for data in (raw, generation)):
+                yield name, spelling, ids if isinstance(ids, list) else [] if ids is None else [ids]
     added = tokens.get("added_tokens_decoder")
-    for i, entry in added.items() if isinstance(added, dict) else ():
-        if str(ids.get(_content(entry) or "")) != i:
-            raise CheckpointError(
-                f"{file}: does not hold {shown(_content(entry))} under id {shown(i)}, as tokenizer_config.json states"
-            )
+    for key, token in added.items() if isinstance(added, dict) else ():
+        yield "added token", _spelling(token), [int(key)] if key.isdecimal() and len(key) < 10 else [key]
 
 
 def _vocabulary(file: Path) -> dict[str, int]:
@@ -282,14 +286,10 @@ def _vocabulary(file: Path) -> dict[str, int]:
     return ids
 
 
-def _content(token: object) -> str | None:
-    """The spelling of a token, given plainly or as an object."""
+def _spelling(token: object) -> str | None:
+    """The text of a token, given plainly or as an object."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
-
-
-def _as_list(value: object) -> list[object]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def main(config: PPOConfig, run: Run) -> None:
         with stage.precision(c.run):
             metrics |= ppo_iteration(
                 roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.lengths), p,
-                kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm,
+                kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm, impl=c.run.impl,
             )  # fmt: skip
         metrics |= {"lr": lr, "objective/kl_coef": beta.coef, "episode": step * p.rollout_size}
         beta.update(metrics["objective/kl"], p.rollout_size)
@@ -98,7 +98,7 @@ def answers(
     ids, mask = left_padded([prompts[r] for r in rows], sampling["pad_token_id"], c.run.device)
     rngs = [generator(c.run.seed, "sample", step, row) for row in range(len(rows))]
     with stage.precision(c.run):
-        return collect(roles, ids, mask, partition=partition, rng=rngs, **sampling)
+        return collect(roles, ids, mask, partition=partition, impl=c.run.impl, rng=rngs, **sampling)
 
 
 def gold_metrics(rollout: Rollout, loaded: stage.Loaded, gold: Gold | None) -> dict[str, float]:

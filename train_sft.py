@@ -45,7 +45,7 @@ def main(config: SFTConfig, run: Run) -> None:
             targets = sft_targets(batch.input_ids, batch.trained)  # (b, T - 1)
             with stage.precision(c.run):
                 stats = target_stats(model, batch.input_ids, batch.attention_mask, targets, impl=c.run.impl)
-            yield -stats.logprobs.sum() / n, int(batch.attention_mask.sum())
+            yield -stats["logprobs"].sum() / n, int(batch.attention_mask.sum())
 
     def validate() -> dict[str, float]:
         return {"val/loss": sft_loss(model, validation, c.sft.microbatch_size, c.run.device)} if validation else {}

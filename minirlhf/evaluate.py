@@ -41,7 +41,7 @@ def sft_loss(model: CausalLM, examples: Sequence[Example], size: int, device: st
     for i in range(0, len(ordered), size):
         batch = collate(ordered[i : i + size], 0, device)
         targets = sft_targets(batch.input_ids, batch.trained)
-        total -= float(target_stats(model, batch.input_ids, batch.attention_mask, targets).logprobs.double().sum())
+        total -= float(target_stats(model, batch.input_ids, batch.attention_mask, targets)["logprobs"].double().sum())
         count += int((targets != IGNORE).sum())
     return total / count
 
@@ -210,7 +210,10 @@ def examine(
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over answers, the deviation of the scores, and the share of distinct answers."""
     n = len(records)
-    mean = {k: sum(r[k] for r in records) / n for k in ("score", "kl", "length", "eos", "gold") if k in records[0]}
+    known = [name for name in ("score", "kl", "length", "eos", "gold") if name in records[0]]
+    mean: dict[str, float] = {name: sum(r[name] for r in records) / n for name in known}
+        k: sum(r[k] for r in records) / n for k in ("score", "kl", "length", "eos", "gold") if k in records[0]
+    }
     deviation = math.sqrt(sum((r["score"] - mean["score"]) ** 2 for r in records) / n)
     distinct = len({(r["prompt"], r["response"]) for r in records}) / n
     return {"answers": n, **mean, "score_std": deviation, "distinct_frac": distinct}
@@ -223,8 +226,9 @@ def exact_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:  # (
     R = rollout.responses.shape[1]
     hidden, ref_hidden = (response_positions(m.hidden(*both), R).flatten(0, 1) for m in roles[:2])  # (B·R, C) each
     targets = torch.where(rollout.response_mask, rollout.responses, IGNORE)  # (B, R)
-    stats = head_stats(
+    kl = head_stats(
         hidden, roles.policy.head.weight, targets.flatten(), temperature=temperature, want=("kl",),
         ref_hidden=ref_hidden, ref_weight=roles.ref_policy.head.weight,
-    )  # fmt: skip
-    return stats.kl.view_as(targets).sum(1)
+    ).kl  # fmt: skip
+    assert kl is not None
+    return kl.view_as(targets).sum(1)

@@ -213,7 +213,7 @@ def ban_repeated_ngrams(z: Tensor, n: int, seen: tuple[Tensor, Tensor, Tensor]) 
 
 def nucleus(z: Tensor, p: float) -> Tensor:  # (b, V)
     """Keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2019, 1904.09751)."""
-    ordered, index = z.sort(-1, descending=True, stable=True)
+    ordered, index = torch.sort(z, dim=-1, descending=True, stable=True)
     probs = ordered.softmax(-1)
     outside = probs.cumsum(-1) - probs >= p  # (b, V) the tokens before it reach p already
     outside[:, 0] = False

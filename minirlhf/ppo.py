@@ -21,7 +21,7 @@ from minirlhf.ops import kl_estimate
 from minirlhf.optim import clip_grad_norm
 from minirlhf.reward import shape_rewards
 from minirlhf.rng import generator
-from minirlhf.rollout import Rollout, policy_logprobs, state_values
+from minirlhf.rollout import Rollout, policy_stats, state_values
 
 Plan = list[list[Tensor]]  # one epoch: minibatches, each cut into microbatches of row indices
 
@@ -38,6 +38,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     kl_coef: float,  # β of this iteration
     temperature: float,  # τ of the sampler
     max_grad_norm: float,
+    impl: str = "auto",
 ) -> dict[str, float]:
     """Improve policy and value model on one rollout; returns the metrics of the iteration."""
     o, mask = options, rollout.response_mask
@@ -49,6 +50,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     if o.whiten_advantages:
         advantages = whiten(advantages, mask)
 
+    want = ("logprobs", "entropy") if o.entropy_coef else ("logprobs",)
     steps: list[TokenSums] = []
     for minibatches in plans:
         for microbatches in minibatches:
@@ -58,13 +60,14 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 part = rollout.rows(index)
                 m, R = part.response_mask, part.responses.shape[1]
                 A, old = advantages[index, :R], part.old_logprobs
-                logprobs, entropy = policy_logprobs(policy, part, temperature=temperature, entropy=o.entropy_coef > 0)
+                stats = policy_stats(policy, part, temperature=temperature, want=want, impl=impl)
+                logprobs = stats["logprobs"]
                 values = state_values(value_model, part)
                 pg = policy_loss(logprobs, old, A, clip_range=o.clip_range)  # (b, R)
                 vf = value_loss(values, part.values, returns[index, :R], clip_range=o.value_clip_range or None)
                 loss = pg + o.value_coef * vf
-                if entropy is not None:
-                    loss = loss - o.entropy_coef * entropy
+                if o.entropy_coef:
+                    loss = loss - o.entropy_coef * stats["entropy"]
                 (masked_sum(loss, m) / n).backward()
                 ratio = (logprobs - old).exp()
                 steps[-1].add(

@@ -15,7 +15,7 @@ from minirlhf.data import decode
 from minirlhf.generate import generate
 from minirlhf.heads import RewardModel, ValueModel
 from minirlhf.model import CausalLM
-from minirlhf.ops import HeadStats, head_stats
+from minirlhf.ops import head_stats
 from minirlhf.tokenizer import Tokenizer
 
 IGNORE = -100  # a target that is not asked for
@@ -84,30 +84,27 @@ def target_stats(
     temperature: float = 1.0,
     want: tuple[str, ...] = ("logprobs",),
     impl: str = "auto",
-) -> HeadStats:  # (B·R,) each
+) -> dict[str, Tensor]:  # each name of `want`: (B, R)
     """What the model says about given tokens. Everything that needs a log-prob comes through here."""
     hidden = response_positions(model.hidden(input_ids, attention_mask), targets.shape[1])  # (B, R, C)
-    return head_stats(
+    stats = head_stats(
         hidden.flatten(0, 1), model.head.weight, targets.flatten(), temperature=temperature, want=want, impl=impl
     )
+    return {name: getattr(stats, name).view_as(targets) for name in want}
 
 
-def policy_logprobs(
+def policy_stats(
     model: CausalLM,
     rollout: Rollout,
     *,
     temperature: float,  # τ, the same as in sampling
-    entropy: bool = False,
+    want: tuple[str, ...] = ("logprobs",),
     impl: str = "auto",
-) -> tuple[Tensor, Tensor | None]:  # (B, R) log π(a_t), 0 at padding; (B, R) entropy or None
+) -> dict[str, Tensor]:  # each (B, R); logprobs: log π(a_t), 0 at padding
     """The one function behind old, new and reference log-probs."""
     targets = torch.where(rollout.response_mask, rollout.responses, IGNORE)  # (B, R)
-    want = ("logprobs", "entropy") if entropy else ("logprobs",)
-    stats = target_stats(
-        model, rollout.input_ids, rollout.attention_mask, targets, temperature=temperature, want=want, impl=impl
-    )
-    logprobs = stats.logprobs.view_as(targets)
-    return logprobs, stats.entropy.view_as(targets) if entropy else None
+    whole = rollout.input_ids, rollout.attention_mask
+    return target_stats(model, *whole, targets, temperature=temperature, want=want, impl=impl)
 
 
 def state_values(model: ValueModel, rollout: Rollout) -> Tensor:  # (B, R) V(s_t), before a_t; 0 at padding
@@ -139,6 +136,7 @@ def collect(
     prompt_mask: Tensor,  # (B, P)
     *,
     eos_token_id: int,
+    impl: str = "auto",
     partition: Partition,  # response lengths (B,) → rows of each forward
     **sampling: Any,  # as `generate` takes it
 ) -> Rollout:
@@ -153,18 +151,24 @@ def collect(
     rollout = Rollout(
         prompts, prompt_mask, made.tokens, made.mask, made.logprobs, blank, blank, blank, blank[:, 0], has_eos
     )
-    return judge(rollout, partition(rollout.lengths), roles, temperature=sampling["temperature"])
+    return judge(rollout, partition(rollout.lengths), roles, temperature=sampling["temperature"], impl=impl)
 
 
 @torch.no_grad()
-def judge(rollout: Rollout, parts: Sequence[Tensor], roles: Roles, *, temperature: float) -> Rollout:
+def judge(
+    rollout: Rollout, parts: Sequence[Tensor], roles: Roles, *, temperature: float, impl: str = "auto"
+) -> Rollout:
     """Every role's opinion of every part: old and reference log-probs, values, scores."""
     out = {name: getattr(rollout, name).clone() for name in ("old_logprobs", "ref_logprobs", "values", "scores")}
     for index in parts:
         part = rollout.rows(index)
-        R = part.responses.shape[1]
-        out["old_logprobs"][index, :R] = policy_logprobs(roles.policy, part, temperature=temperature)[0]
-        out["ref_logprobs"][index, :R] = policy_logprobs(roles.ref_policy, part, temperature=temperature)[0]
+        R, how = part.responses.shape[1], {"temperature": temperature, "impl": impl}
+        out["old_logprobs"][index, :R] = policy_stats(roles.policy, part, temperature=temperature, impl=impl)[
+            "logprobs"
+        ]
+        out["ref_logprobs"][index, :R] = policy_stats(roles.ref_policy, part, temperature=temperature, impl=impl)[
+            "logprobs"
+        ]
         out["values"][index, :R] = state_values(roles.value_model, part)
         out["scores"][index] = roles.score(part).to(out["scores"])
     return replace(rollout, **out)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from minirlhf import review_world
 from minirlhf.data import decode, encode_prompts, left_padded
@@ -20,7 +19,7 @@ from minirlhf.errors import CheckpointError, DataError, UsageError
 from minirlhf.evaluate import Gold, TextScore, score_texts
 from minirlhf.formats import read_records
 from minirlhf.generate import generate
-from minirlhf.heads import ValueModel
+from minirlhf.heads import ScalarModel, ValueModel
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.pretrained import load_causal_lm, load_reward_model, save_pretrained
 from minirlhf.reward import load_reward_fn
@@ -95,7 +94,7 @@ def make(config: Any, texts: Sequence[str]) -> Loaded:
     return Loaded(model, tokenizer, get_template(config.data.template or "plain"), {})
 
 
-def save(folder: Path, model: nn.Module, tokenizer: Tokenizer, template: Template, **meta: Any) -> None:
+def save(folder: Path, model: CausalLM | ScalarModel, tokenizer: Tokenizer, template: Template, **meta: Any) -> None:
     """A Hugging Face folder with `minirlhf.json`."""
     save_pretrained(model, folder, tokenizer=tokenizer)
     write_json(folder / META, {"template": template.name, "template_sha256": template.sha256, **meta})
@@ -242,13 +241,14 @@ def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]
     data, seed = config.data, config.run.seed
     prompts = review_world.prompts(data.language)
     encoded = [loaded.template.prompt_ids(loaded.tokenizer, prompt) for prompt in prompts]
+    how = sampling(config, loaded)
     pairs: list[Any] = []
     drawn = 0
     while len(pairs) < n:
         rows = range(drawn, drawn + 512)
-        ids, mask = left_padded([encoded[r % len(prompts)] for r in rows], loaded.tokenizer.pad_id, config.run.device)
+        ids, mask = left_padded([encoded[r % len(prompts)] for r in rows], how["pad_token_id"], config.run.device)
         rngs = [generator(seed, f"pair/{purpose}", 0, 2 * r + side) for r in rows for side in (0, 1)]
-        made = generate(loaded.model, ids, mask, num_return_sequences=2, rng=rngs, **sampling(config, loaded))
+        made = generate(loaded.model, ids, mask, num_return_sequences=2, rng=rngs, **how)
         texts = decode(made.tokens, made.mask, loaded.tokenizer)
         for r, a, b in zip(rows, texts[::2], texts[1::2], strict=True):
             pair = review_world.judge(

@@ -34,8 +34,8 @@ def test_first_iteration_reports_no_kl_and_ratio_one(family):
     metrics = rollout_metrics(rollout) | iterate(roles, rollout)
     assert metrics["objective/kl"] == 0.0
     assert metrics["val/first_ratio_gap"] == 0.0
-    assert metrics["val/ratio"] == 1.0  # the rate is 0: every ratio stays 1
-    assert metrics["policy/approxkl_avg"] == 0.0
+    assert abs(metrics["val/ratio"] - 1) < 1e-6  # the rate is 0; the second epoch pads other rows together
+    assert metrics["policy/approxkl_avg"] < 1e-12
     assert metrics["policy/clipfrac_avg"] == 0.0
     assert metrics["sampler/mismatch_max"] < 1e-4
 

@@ -16,7 +16,7 @@ from minirlhf.rollout import (
     Roles,
     collect,
     judge,
-    policy_logprobs,
+    policy_stats,
     response_positions,
     reward_model_score,
     state_values,
@@ -61,7 +61,7 @@ def test_before_any_update_kl_is_zero_and_every_first_ratio_is_one(family):
     for minibatch in epoch_plans(rollout.lengths, OPTIONS, 0, 1)[0]:
         for index in minibatch:
             part = rollout.rows(index)
-            new = policy_logprobs(roles.policy, part, temperature=0.9)[0]
+            new = policy_stats(roles.policy, part, temperature=0.9)["logprobs"]
             assert torch.equal(torch.exp(new - part.old_logprobs)[part.response_mask].unique(), torch.ones(1))
 
 

@@ -126,7 +126,7 @@ class Tokenizer:
             )
         full, config = _parse(path / "tokenizer.json"), _read_object(path / "tokenizer_config.json")
         names = _special_names(path, full, config)
-        _check_folder(path, full, names, config)
+        _check_names(path / "tokenizer.json", full, names, config)
         return cls(full, names, _chat_template(path, config))
 
     # ---- made here --------------------------------------------------------------------------------------------------
@@ -242,26 +242,19 @@ def _usual_names(full: tokenizers.Tokenizer) -> dict[str, str]:
     return {name: spellings[0] for name, spellings in found.items() if spellings}
 
 
-def _check_folder(folder: Path, full: tokenizers.Tokenizer, names: dict[str, str], config: dict[str, Any]) -> None:
-    """tokenizer.json must hold every special token, under the id that tokenizer_config.json and config.json state, and
-    no id beyond the embedding."""
-    file, model = folder / "tokenizer.json", _read_object(folder / "config.json")
+def _check_names(file: Path, full: tokenizers.Tokenizer, names: dict[str, str], config: dict[str, Any]) -> None:
+    """tokenizer.json must hold the special tokens that the files beside it name, under the ids they give. Whether these
+    suit the model, `pretrained` asks."""
     decoder = config.get("added_tokens_decoder")
-    stated = [(spelling, model.get(f"{name}_id"), f"{name}_id of config.json") for name, spelling in names.items()]
+    stated = [(spelling, None) for spelling in names.values()]
     for key, token in decoder.items() if isinstance(decoder, dict) else ():
-        content = token.get("content") if isinstance(token, dict) else token
-        stated.append((str(content), key, "added_tokens_decoder of tokenizer_config.json"))
-    for spelling, ids, source in stated:
+        stated.append((str(token.get("content") if isinstance(token, dict) else token), key))
+    for spelling, key in stated:
         actual = full.token_to_id(spelling)
         if actual is None:
-            raise CheckpointError(f"{file}: does not hold {spelling[:40]!r}, which the folder names as a special token")
-        if ids is not None and str(actual) not in map(str, ids if isinstance(ids, list) else [ids]):
-            raise CheckpointError(
-                f"{file}: holds {spelling[:40]!r} under id {actual}, not {str(ids)[:40]}, as {source}"
-            )
-    rows, largest = model.get("vocab_size"), max(full.get_vocab(with_added_tokens=True).values())
-    if isinstance(rows, int) and largest >= rows:
-        raise CheckpointError(f"{file}: token id {largest} is beyond the {rows} rows of the embedding")
+            raise CheckpointError(f"{file}: does not hold {spelling[:40]!a}, which the folder names as a special token")
+        if key not in (None, str(actual)):
+            raise CheckpointError(f"{file}: holds {spelling[:40]!a} under id {actual}, not {key[:40]!a}")
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

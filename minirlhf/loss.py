@@ -94,7 +94,7 @@ class _PerToken(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in inputs]
             loss = formula(*leaves)
-            slopes = torch.autograd.grad(loss.sum(), leaves)
+            slopes = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
         ctx.save_for_backward(*slopes)
         return loss.detach()
 

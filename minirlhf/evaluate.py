@@ -212,8 +212,6 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     n = len(records)
     known = [name for name in ("score", "kl", "length", "eos", "gold") if name in records[0]]
     mean: dict[str, float] = {name: sum(r[name] for r in records) / n for name in known}
-        k: sum(r[k] for r in records) / n for k in ("score", "kl", "length", "eos", "gold") if k in records[0]
-    }
     deviation = math.sqrt(sum((r["score"] - mean["score"]) ** 2 for r in records) / n)
     distinct = len({(r["prompt"], r["response"]) for r in records}) / n
     return {"answers": n, **mean, "score_std": deviation, "distinct_frac": distinct}

@@ -159,16 +159,13 @@ def judge(
     rollout: Rollout, parts: Sequence[Tensor], roles: Roles, *, temperature: float, impl: str = "auto"
 ) -> Rollout:
     """Every role's opinion of every part: old and reference log-probs, values, scores."""
+    how: dict[str, Any] = {"temperature": temperature, "impl": impl}
     out = {name: getattr(rollout, name).clone() for name in ("old_logprobs", "ref_logprobs", "values", "scores")}
     for index in parts:
         part = rollout.rows(index)
-        R, how = part.responses.shape[1], {"temperature": temperature, "impl": impl}
-        out["old_logprobs"][index, :R] = policy_stats(roles.policy, part, temperature=temperature, impl=impl)[
-            "logprobs"
-        ]
-        out["ref_logprobs"][index, :R] = policy_stats(roles.ref_policy, part, temperature=temperature, impl=impl)[
-            "logprobs"
-        ]
+        R = part.responses.shape[1]
+        out["old_logprobs"][index, :R] = policy_stats(roles.policy, part, **how)["logprobs"]
+        out["ref_logprobs"][index, :R] = policy_stats(roles.ref_policy, part, **how)["logprobs"]
         out["values"][index, :R] = state_values(roles.value_model, part)
         out["scores"][index] = roles.score(part).to(out["scores"])
     return replace(rollout, **out)

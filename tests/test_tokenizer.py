@@ -221,7 +221,7 @@ def rename_eos(data):
     [
         ("tokenizer.json", rename_eos, "does not hold '<eos>'"),
         ("tokenizer.json", lambda d: d["model"]["vocab"].update(far=10**6), "ids up to 1000000"),
-        ("tokenizer.json", lambda d: d["added_tokens"][1].update(id=5), "'<eos>' under id 1, not '5'"),
+        ("tokenizer.json", lambda d: d["added_tokens"][1].update(id=5), "'<eos>' under id 1, not 5"),
         (
             "tokenizer.json",
             lambda d: d["added_tokens"].append({**d["added_tokens"][1], "content": "<s>"}),

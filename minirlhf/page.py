@@ -66,9 +66,10 @@ def page(title: str, body: Iterable[str]) -> str:
     )
 
 
-def spelled(text: object) -> str:
-    """Text in which every invisible character is spelled out: ⟨U+202E⟩; line ends stay, marked with ⏎."""
-    return "".join(_spell(c) for c in str(text))
+def spelled(text: object, plain: str = "") -> str:
+    """Text in which every invisible character is spelled out, ⟨U+202E⟩, but for those of `plain`; line ends stay, and
+    are marked with ⏎."""
+    return "".join(c if c in plain else _spell(c) for c in str(text))
 
 
 def _spell(c: str) -> str:

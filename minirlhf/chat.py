@@ -1,0 +1,243 @@
+"""Talk with a model, or with several side by side: a line in, an answer out, token by token as it is drawn.
+
+    python -m minirlhf.chat runs/sft/final runs/ppo/final --score runs/rm/final
+
+Every model sees the conversation with its own answers; `clear` forgets it, `quit` ends. What is answered depends on
+folders, flags and input alone: the random stream of a turn is derived from the seed and the turn's place in the
+conversation. The oldest turns are forgotten when a conversation grows too long for a model.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from minirlhf import stage
+from minirlhf.errors import CheckpointError, DataError, NonFiniteError, UsageError, UserError
+from minirlhf.evaluate import score_sequences
+from minirlhf.generate import Sampling, draw, filtered, row_uniforms
+from minirlhf.model import Cache, CausalLM
+from minirlhf.page import spelled
+from minirlhf.pretrained import load_causal_lm, load_reward_model
+from minirlhf.rng import generator
+
+MAX_NEW_TOKENS = 256  # unless half of the model's positions are fewer
+Turn = tuple[str, str]  # role, text
+
+
+@dataclass
+class Speaker:
+    """One model and its side of the conversation."""
+
+    name: str
+    loaded: stage.Loaded
+    sampling: Sampling
+    turns: list[Turn] = field(default_factory=list)
+    place: int = 0  # lines answered in this conversation
+
+    def prompt_ids(self) -> list[int]:
+        """The conversation so far as tokens; its oldest turns are dropped until there is room for an answer."""
+        room = self.loaded.model.config.max_seq_len - self.sampling.max_new_tokens
+        while True:
+            ids = self.loaded.template.prompt_ids(self.loaded.tokenizer, tuple(self.turns))
+            if len(ids) <= room:
+                return ids
+            if len(self.turns) == 1:
+                raise DataError(f"{self.name}: {len(ids)} tokens are too many; {room} leave room for an answer")
+            del self.turns[:2]
+
+    def answer(self, line: str, seed: int) -> Iterator[str]:
+        """Say something; pieces of the answer as they come. The turn is kept once the answer is complete."""
+        before = list(self.turns)
+        self.turns.append(("user", line))
+        try:
+            ids = self.prompt_ids()
+            if not ids:
+                raise DataError(f"{self.name}: nothing of this line is left as tokens")
+            text = yield from self._pieces(ids, generator(seed, "chat", self.place))
+        except BaseException:
+            self.turns = before
+            raise
+        self.turns.append(("assistant", text))
+        self.place += 1
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+        self.turns, self.place = [], 0
+
+    def _pieces(self, ids: Sequence[int], rng: torch.Generator) -> Generator[str, None, str]:
+        """Text as tokens complete it; the first bytes of a character wait for the rest."""
+        tokens: list[int] = []
+        said = ""
+        for token in stream(self.loaded.model, ids, self.sampling, rng):
+            tokens.append(token)
+            text = self.loaded.tokenizer.decode(tokens)
+            if text.startswith(said) and not text.endswith("\ufffd"):
+                yield text[len(said) :]
+                said = text
+        text = self.loaded.tokenizer.decode(tokens)
+        yield text.removeprefix(said)
+        return text
+
+
+@torch.no_grad()
+def stream(model: CausalLM, ids: Sequence[int], sampling: Sampling, rng: torch.Generator) -> Iterator[int]:
+    """The tokens that `generate` draws for one prompt, one at a time."""
+    P, R = len(ids), sampling.max_new_tokens
+    weight = model.trunk.embed.weight
+    prompt = torch.tensor([ids], device=weight.device)  # (1, P)
+    real = torch.ones(1, P + R, dtype=torch.bool, device=weight.device)
+    tokens = prompt[:, :0]  # (1, t)
+    uniforms = row_uniforms(rng, 1, R).to(weight.device) if sampling.do_sample else None  # (1, R)
+    cache = Cache(model.config, 1, P + R, dtype=weight.dtype, device=weight.device)
+    hidden = model.hidden(prompt, real[:, :P], cache=cache)[:, -1]  # (1, C)
+    for t in range(R):
+        logits = filtered(model.head(hidden), sampling, t, (prompt, real[:, :P], tokens))  # (1, V)
+        token = draw(logits, None if uniforms is None else uniforms[:, t])  # (1,)
+        yield int(token)
+        if int(token) in sampling.eos_token_ids or t + 1 == R:
+            return
+        tokens = torch.cat([tokens, token[:, None]], 1)
+        hidden = model.hidden(token[:, None], real[:, : P + t + 1], cache=cache)[:, -1]
+
+
+# ---- setting up -----------------------------------------------------------------------------------------------------
+
+
+def open_folder(path: str, loader: Callable[..., Any], *, template: str = "", device: str = "cpu") -> stage.Loaded:
+    """A model folder with its tokenizer and template, outside a training script."""
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a model's folder, such as runs/ppo/final")
+    config = SimpleNamespace(data=SimpleNamespace(template=template), run=SimpleNamespace(device=device))
+    return stage.load(path, loader, config, key="template", made_by="a script")
+
+
+def speaker(path: str, args: argparse.Namespace) -> Speaker:
+    """A model that is ready to answer."""
+    loaded = open_folder(path, load_causal_lm, template=args.template, device=args.device)
+    positions = loaded.model.config.max_seq_len
+    longest = args.max_new_tokens or max(1, min(MAX_NEW_TOKENS, positions // 2))
+    if longest >= positions:
+        raise UsageError(f"--max_new_tokens {longest}: {path} has {positions} positions, and the prompt needs some")
+    stop, unwanted = loaded.template.stop_token_id(loaded.tokenizer), (loaded.tokenizer.pad_id, loaded.tokenizer.unk_id)
+    sampling = Sampling(
+        longest, (stop,), args.temperature or 1.0, top_k=args.top_k, top_p=args.top_p,
+        suppress_tokens=tuple({i for i in unwanted if i is not None} - {stop}), do_sample=args.temperature > 0,
+    )  # fmt: skip
+    return Speaker(path, loaded, sampling)
+
+
+@torch.no_grad()
+def opinion(judge: stage.Loaded, turns: Sequence[Turn], device: str) -> float:
+    """The reward model's score of the last answer; of a long conversation it reads the end."""
+    prompt = judge.template.prompt_ids(judge.tokenizer, tuple(turns[:-1]))
+    ids = prompt + judge.template.response_ids(judge.tokenizer, turns[-1][1])
+    return float(score_sequences(judge.model, [ids[-judge.model.config.max_seq_len :]], 1, device))
+
+
+# ---- the conversation -----------------------------------------------------------------------------------------------
+
+
+def lines() -> Iterator[str]:
+    """What is typed, or piped in; a line ends at \\n only."""
+    if sys.stdin.isatty():
+        while True:
+            try:
+                yield input("> ")
+            except EOFError:
+                return
+    for raw in sys.stdin.buffer:
+        yield raw.decode("utf-8", "replace").rstrip("\r\n")
+
+
+def converse(speakers: Sequence[Speaker], judge: Callable[[Sequence[Turn]], float] | None, seed: int) -> None:
+    """Until `quit` or the end of the input. A line that cannot be answered is said on stderr, and the next one read."""
+    for line in lines():
+        if line.strip() == "quit":
+            return
+        if line.strip() == "clear":
+            for one in speakers:
+                one.clear()
+        elif line.strip():
+            for one in speakers:
+                name = f"{one.name}: " if len(speakers) > 1 else ""
+                try:
+                    reply(name, one.answer(line, seed))
+                except DataError as e:
+                    say(f"error: {e}\n", sys.stderr)
+                    continue
+                if judge is not None:
+                    say(f"{name}score {judge(one.turns):.3f}\n")
+
+
+def reply(name: str, pieces: Iterator[str]) -> None:
+    """One model's answer on stdout; a line that is refused leaves no trace there."""
+    first = next(pieces)
+    say(name + first)
+    for piece in pieces:
+        say(piece)
+    say("\n")
+
+
+def say(text: str, out: Any = None) -> None:
+    """Without what could steer a terminal."""
+    out = out or sys.stdout
+    out.write(spelled(text, plain="\n\t"))
+    out.flush()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.chat", allow_abbrev=False)
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="FOLDER", help="folder of a model")
+    add("--seed", type=int, default=0, help="seed of the answers (default 0)")
+    add(
+        "--max_new_tokens",
+        type=int,
+        default=0,
+        help=f"default {MAX_NEW_TOKENS}, or half the positions",
+    )
+    add("--temperature", type=float, default=1.0, help="0: always the likeliest token (default 1)")
+    add("--top_k", type=int, default=0, help="draw from so many likeliest tokens; 0: off")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability; 1: off")
+    add("--score", default="", metavar="FOLDER", help="a reward model that says what it thinks of each answer")
+    add("--template", default="", help="prompt template (default: the model's own, plain where it has none)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
+    args = parser.parse_args(argv)
+    limits = (("max_new_tokens", 0, 2**31), ("temperature", 0, 1e6), ("top_k", 0, 2**31), ("top_p", 1e-9, 1.0))
+    for name, low, high in limits:
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} {getattr(args, name)} is out of range")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; a mistake is one line on stderr and its exit code."""
+    args = parse(argv)
+    try:
+        judge = None
+        if args.score:
+            loaded = open_folder(args.score, load_reward_model, template=args.template, device=args.device)
+            judge = partial(opinion, loaded, device=args.device)
+        converse([speaker(path, args) for path in args.folders], judge, args.seed)
+        return 0
+    except (UserError, NonFiniteError) as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)  # noqa: T201
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # who read the answers has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

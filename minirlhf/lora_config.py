@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minirlhf.errors import CheckpointError, UsageError
-from minirlhf.safefile import read_json
+from minirlhf.safefile import read_json, shown
 
 FILE = "adapter_config.json"
 MAX_RANK = 2**16
@@ -37,17 +37,17 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if type(self.r) is not int or not 1 <= self.r <= MAX_RANK:
-            raise UsageError(f"lora.r must be a whole number from 1 to {MAX_RANK}, not {str(self.r)[:80]}")
+            raise UsageError(f"lora.r must be a whole number from 1 to {MAX_RANK}, not {shown(self.r)}")
         if not _is_number(self.alpha):
-            raise UsageError(f"lora.alpha must be a finite number, not {str(self.alpha)[:80]}")
+            raise UsageError(f"lora.alpha must be a finite number, not {shown(self.alpha)}")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise UsageError(f"lora.dropout must be in [0, 1), not {str(self.dropout)[:80]}")
+            raise UsageError(f"lora.dropout must be in [0, 1), not {shown(self.dropout)}")
         if type(self.rslora) is not bool:
-            raise UsageError(f"lora.rslora must be true or false, not {str(self.rslora)[:80]}")
+            raise UsageError(f"lora.rslora must be true or false, not {shown(self.rslora)}")
         entries = (self.targets,) if isinstance(self.targets, str) else self.targets
         named = isinstance(entries, tuple | list) and all(isinstance(entry, str) and entry for entry in entries)
         if not named or not entries:
-            raise UsageError(f"lora.targets must name modules, or be {ALL!r}, not {str(self.targets)[:80]}")
+            raise UsageError(f"lora.targets must name modules, or be {ALL!r}, not {shown(self.targets)}")
         if any(entry.lower() == ALL for entry in entries):
             object.__setattr__(self, "targets", ALL)  # PEFT knows the word by itself only, not in a list
         elif not isinstance(self.targets, str):
@@ -80,10 +80,12 @@ def match_targets(
         if not hits:
             known = sorted({path.rpartition(".")[2] for path in linear})
             near = difflib.get_close_matches(entry.rpartition(".")[2], known) or known
-            raise UsageError(f"lora.targets: {entry!r} matches no module of this model; nearest: {', '.join(near)}")
+            raise UsageError(
+                f"lora.targets: {shown(entry)} matches no module of this model; nearest: {', '.join(near)}"
+            )
         for path in hits:
             if path not in linear:
-                raise UsageError(f"lora.targets: {entry!r} matches {path}, which can have no low-rank adapter")
+                raise UsageError(f"lora.targets: {shown(entry)} matches {path}, which can have no low-rank adapter")
         found.update(hits)
     return [path for path in linear if path in found]
 
@@ -94,7 +96,7 @@ def _matches(entry: str, path: str, *, whole: bool) -> bool:
     try:
         return re.fullmatch(entry, path) is not None
     except (re.error, RecursionError, OverflowError) as e:
-        raise UsageError(f"lora.targets: {entry[:80]!r} is no regular expression ({e})") from e
+        raise UsageError(f"lora.targets: {shown(entry)} is no regular expression ({e})") from e
 
 
 class AdapterFolder(NamedTuple):
@@ -117,7 +119,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
 
     for key, value in raw.items():
         empty = value is None or value is False or value in ("", [], {})
-        check(key in KNOWN or empty, f"{key} {str(value)[:80]} is not supported; only plain LoRA is")
+        check(key in KNOWN or empty, f"{shown(key)} {shown(value)} is not supported; only plain LoRA is")
     for key, default, right in (
         ("peft_type", None, ("LORA",)),
         ("task_type", None, (None, "CAUSAL_LM", "SEQ_CLS")),
@@ -125,13 +127,13 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         ("fan_in_fan_out", False, (True, False)),  # how the base's file is written; A and B are the same either way
         ("init_lora_weights", True, (None, True, False, "gaussian")),  # some of the others change the base
     ):
-        check(raw.get(key, default) in right, f"{key} {str(raw.get(key))[:80]!r} is not supported, only {right}")
+        check(raw.get(key, default) in right, f"{key} {shown(raw.get(key))} is not supported, only {right}")
     whole = raw.get("modules_to_save") or []
     scored = isinstance(whole, list) and all(name in ("classifier", "score") for name in whole)
-    check(scored, f"modules_to_save {str(whole)[:80]} is not supported; only the score head is")
+    check(scored, f"modules_to_save {shown(whole)} is not supported; only the score head is")
     base, targets = raw.get("base_model_name_or_path"), raw.get("target_modules")
     check(base is None or isinstance(base, str), "base_model_name_or_path must be text")
-    check(isinstance(targets, str | list), f"target_modules must be a list or text, not {str(targets)[:80]}")
+    check(isinstance(targets, str | list), f"target_modules must be a list or text, not {shown(targets)}")
     numbers: dict[str, Any] = {"r": raw.get("r", 8), "alpha": raw.get("lora_alpha", 8)}
     numbers |= {"dropout": raw.get("lora_dropout", 0.0), "rslora": raw.get("use_rslora", False)}
     try:

@@ -30,6 +30,7 @@ Model = TypeVar("Model", CausalLM, RewardModel, ValueModel)
 Path_ = str | os.PathLike[str]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX, MAX_TOKENIZER = 16 << 20, 100 << 20  # bytes
+LEAST = 6  # tensors in a layer
 SHARD = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 BUFFERS = re.compile(r"(.+\.)?((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)")  # constants of old files
 SCORE, VALUE_CLASS = "score.weight", "MiniRLHFValueModel"
@@ -94,15 +95,13 @@ def _load(kind: type[Model], folder: Path, dtype: torch.dtype, device: torch.dev
     """Checks names, shapes and dtypes against a model without memory; then takes the memory and reads."""
     assert dtype.is_floating_point, dtype
     raw, config = _read_config(folder)
-    stored = _stored(folder, config)
-    _check_kind(kind, folder, raw, stored)
-    if config.n_layer > len(stored):
-        raise CheckpointError(
-            f"{folder / 'config.json'}: {config.n_layer} layers, but the files hold {len(stored)} tensors"
-        )
+    stored, where = _stored(folder, config), folder / (INDEX if (folder / INDEX).exists() else WEIGHTS)
+    _check_kind(kind, raw, stored, where)
+    if config.n_layer * LEAST > len(stored):
+        raise CheckpointError(f"{where}: {len(stored)} tensors, too few for {config.n_layer} layers (config.json)")
     with torch.device("meta"):
         model = kind(config).to(dtype)
-    sources = _sources(_theirs(model), stored, config, folder, packed=raw["model_type"] == "baichuan")
+    sources = _sources(_theirs(model), stored, config, where, packed=raw["model_type"] == "baichuan")
     for name, child in model.named_children():
         if not (name == "head" and config.tied):
             child.to_empty(device=device)
@@ -163,23 +162,20 @@ def _files(folder: Path) -> list[TensorFile]:
     return files
 
 
-def _check_kind(kind: type, folder: Path, raw: dict[str, Any], stored: dict[str, Stored]) -> None:
+def _check_kind(kind: type, raw: dict[str, Any], stored: dict[str, Stored], where: Path) -> None:
     """The folder has the head that is asked for."""
-    config_file, has_score = folder / "config.json", SCORE in stored
     if kind is CausalLM:
-        if has_score:
-            raise CheckpointError(f"{folder}: a reward or value model, not a language model (it has score.weight)")
+        if SCORE in stored:
+            raise CheckpointError(f"{where}: holds {SCORE}: a reward or value model, not a language model")
         return
-    if not has_score:
-        raise CheckpointError(f"{folder}: no score.weight, so it is no reward or value model; train_rm.py makes one")
+    if SCORE not in stored:
+        raise CheckpointError(f"{where}: has no head {SCORE}: no reward or value model; train_rm.py makes one")
     labels = len(raw["id2label"]) if isinstance(raw.get("id2label"), dict) else raw.get("num_labels", 1)
     if labels != 1:
-        raise CheckpointError(f"{config_file}: {labels} labels; a reward model has one")
-    if raw.get("normalize_reward"):
-        raise CheckpointError(f"{config_file}: normalize_reward is not supported")
+        raise CheckpointError(f"{where}: {shown(labels)} labels by config.json; a reward model has one")
     if (kind is ValueModel) != (raw.get("minirlhf_head") == "value"):
         is_a, function = ("reward", "load_reward_model") if kind is ValueModel else ("value", "load_value_model")
-        raise CheckpointError(f"{config_file}: this is a {is_a} model; load it with {function}")
+        raise CheckpointError(f"{where}: by config.json a {is_a} model; load it with {function}")
 
 
 def _theirs(model: nn.Module) -> dict[str, Tensor]:
@@ -198,7 +194,7 @@ def _theirs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _sources(
-    wanted: dict[str, Tensor], stored: dict[str, Stored], config: ModelConfig, folder: Path, *, packed: bool
+    wanted: dict[str, Tensor], stored: dict[str, Stored], config: ModelConfig, where: Path, *, packed: bool
 ) -> dict[str, Source]:
     """Where each tensor comes from, after checking that names, shapes and dtypes are those config.json promises."""
     family = FAMILIES[config.family]
@@ -207,12 +203,10 @@ def _sources(
     places = {name: _place(name.removeprefix(family.prefix), tensor, packed) for name, tensor in wanted.items()}
     missing = [name for name, place in places.items() if place[0] not in stored]
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, such as {shown(missing[0])}")
-    surplus = sorted(stored.keys() - {place[0] for place in places.values()})
+        raise CheckpointError(f"{where}: lacks {shown(missing[0])}{_more(missing)}, which config.json calls for")
+    surplus = [stored[short].name for short in sorted(stored.keys() - {place[0] for place in places.values()})]
     if surplus:
-        raise CheckpointError(
-            f"{folder}: {len(surplus)} tensors do not belong to the model of config.json, such as {shown(surplus[0])}"
-        )
+        raise CheckpointError(f"{where}: {shown(surplus[0])}{_more(surplus)} is not in the model of config.json")
     found = {}
     for name, (short, first, rows) in places.items():
         file, stored_name = stored[short]
@@ -223,6 +217,10 @@ def _sources(
             raise CheckpointError(f"{file.path}: {shown(stored_name)} is {entry.dtype}, not one of {', '.join(FLOATS)}")
         found[name] = Source(file, stored_name, first)
     return found
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _place(name: str, tensor: Tensor, packed: bool) -> tuple[str, int, int]:
@@ -251,7 +249,7 @@ def _check_tokens(folder: Path, raw: dict[str, Any], config: ModelConfig) -> Non
         if spelling is not None and stated and ids[spelling] not in stated:
             raise CheckpointError(f"{file}: holds {name} {shown(spelling)} under {ids[spelling]}, not {shown(stated)}")
         for i in stated:
-            if i not in held:
+            if type(i) is not int or i not in held:
                 raise CheckpointError(f"{file}: holds no token {shown(i)}, which the folder states as {name}")
 
 

@@ -25,7 +25,7 @@ from minirlhf.lora import (
 )
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.rng import generator
-from minirlhf.rollout import Rollout, policy_logprobs, state_values
+from minirlhf.rollout import Rollout, policy_stats, state_values
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
 MASK = torch.tensor([[False, False, True, True, True, True, True, True], [True] * 8])
@@ -470,7 +470,7 @@ def test_interleaved_backward(checkpointing):
         view = views[name].train()
         view.trunk.checkpoint = checkpointing
         if name in ("policy", "reference"):
-            return policy_logprobs(view, part, temperature=0.7)[0].sin().sum()
+            return policy_stats(view, part, temperature=0.7)["logprobs"].sin().sum()
         if name == "value":
             return state_values(view, part).square().sum()
         return view(part.input_ids, part.attention_mask).sum()

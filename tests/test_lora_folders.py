@@ -14,6 +14,7 @@ from minirlhf.heads import RewardModel, ValueModel
 from minirlhf.lora import LoRAConfig, adapter_parameters, adapters, add_adapter, load_adapter, save_adapter, use_adapter
 from minirlhf.lora_config import read_adapter
 from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.pretrained import load_causal_lm, save_pretrained
 from minirlhf.rng import generator
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -120,6 +121,14 @@ def test_round_trip(kind, family, tmp_path):
                                             kind is not CausalLM)  # fmt: skip
 
 
+def test_the_base_is_saved_without_its_adapters(tmp_path):
+    model = make()
+    base = model(IDS)
+    stirred(model, LoRAConfig(r=2, alpha=4))
+    save_pretrained(model, tmp_path)
+    assert torch.equal(load_causal_lm(tmp_path)(IDS), base)
+
+
 def test_language_model_adapter_on_a_value_model(folder):
     value = make(ValueModel)
     load_adapter(value, folder, "a")
@@ -175,10 +184,10 @@ def refused(folder, message, model=None):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"use_dora": True}, "'use_dora' True is not supported"),
         ({"rank_pattern": {"c_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"c_proj": 4}}, "alpha_pattern"),
-        ({"layers_to_transform": 0}, "layers_to_transform 0"),
+        ({"layers_to_transform": 0}, "'layers_to_transform' 0"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"exclude_modules": ["c_fc"]}, "exclude_modules"),
         ({"target_parameters": ["x"]}, "target_parameters"),
@@ -186,7 +195,7 @@ def refused(folder, message, model=None):
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"lora_bias": True}, "lora_bias"),
         ({"use_qalora": True}, "use_qalora"),
-        ({"something_new": 1}, "something_new 1 is not supported"),
+        ({"something_new": 1}, "'something_new' 1 is not supported"),
         ({"bias": "all"}, "bias 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
@@ -212,6 +221,13 @@ def refused(folder, message, model=None):
         ({"use_rslora": "yes"}, "lora.rslora"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path"),
         ({"fan_in_fan_out": "x"}, "fan_in_fan_out"),
+        ({"use_dora": "a\nb"}, "use_dora"),
+        ({"a\nb": 1}, "not supported"),
+        ({"bias": "a\nb"}, "bias"),
+        ({"modules_to_save": "a\nb"}, "modules_to_save"),
+        ({"target_modules": "a\nb("}, "regular expression"),
+        ({"target_modules": ["a\nb"]}, "matches no module"),
+        ({"lora_dropout": "a\nb"}, "lora.dropout"),
     ],
 )
 def test_config_refused(changes, message, folder):

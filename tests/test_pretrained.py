@@ -165,6 +165,13 @@ def shard(folder, parts=3):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+def test_loading_draws_no_random_number(tmp_path):
+    save_pretrained(lm(), tmp_path)
+    before = torch.get_rng_state()
+    load_causal_lm(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_shards_and_indices_that_are_read(tmp_path):
     model = lm()
     save_pretrained(model, tmp_path)
@@ -499,6 +506,7 @@ TOKENIZER = {
         edit(f, "generation_config.json", eos_token_id=2),
     ],
     "eos-not-held": lambda f: edit(f, "generation_config.json", eos_token_id=[1, 12]),
+    "eos-list-of-lists": lambda f: edit(f, "generation_config.json", eos_token_id=[[1]]),
     "bos-not-held": config(bos_token_id=11),
     "name-not-held": lambda f: edit(f, "tokenizer_config.json", bos_token="<bos>"),
     "name-of-the-map-not-held": lambda f: edit(f, "special_tokens_map.json", eos_token={"content": "</s>"}),
@@ -600,7 +608,7 @@ def test_the_sound_folders_load(good):
 
 def test_kinds_are_not_confused(good):
     for family in ("llama", "gpt2"):
-        assert "no score.weight" in refused(load_reward_model, good / family)
+        assert "has no head score.weight" in refused(load_reward_model, good / family)
         assert "not a language model" in refused(load_causal_lm, good / f"{family}-reward")
     assert "load_value_model" in refused(load_reward_model, good / "value")
     assert "load_reward_model" in refused(load_value_model, good / "llama-reward")

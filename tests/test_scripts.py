@@ -65,14 +65,14 @@ def test_the_whole_of_rlhf(pipeline):
                      "final/model.safetensors", "final/tokenizer.json"):  # fmt: skip
             assert (folder / part).exists(), part
         assert f"runs/{name}/report.html" in said[name]
-        assert [m["step"] for m in metrics(folder)][0] == 1
+        assert metrics(folder)[0]["step"] == 1
     ppo = metrics(cwd / "runs/ppo")
     assert ppo[0]["objective/kl"] == 0
     assert ppo[0]["val/first_ratio_gap"] == 0
     assert all(m["val/first_ratio_gap"] == 0 for m in ppo)
     assert ppo[1]["objective/kl"] != 0
-    wanted = ("objective/scores policy/approxkl_avg policy/clipfrac_avg loss/policy_avg loss/value_avg val/ratio lr episode "
-              "response/length_mean response/empty_frac response/eos_frac value/explained_var gold/score")  # fmt: skip
+    wanted = ("objective/scores policy/approxkl_avg policy/clipfrac_avg loss/policy_avg loss/value_avg val/ratio lr "
+              "episode response/length_mean response/empty_frac response/eos_frac value/explained_var gold/score")  # fmt: skip
     assert set(wanted.split()) <= ppo[0].keys()
     samples = [json.loads(x) for x in (cwd / "runs/ppo/samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {0, 3}

@@ -1,0 +1,108 @@
+"""What a reward model says of the answers of a data file: JSON lines on stdout, a summary on stderr.
+
+    python -m minirlhf.score runs/rm/final answers.jsonl > scores.jsonl
+
+Every format that `formats` reads. Of ranked answers, pairs among them, the summary also tells how often the model
+agrees with the ranks.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from minirlhf.chat import open_folder
+from minirlhf.data import encode_lists
+from minirlhf.errors import DataError, UserError
+from minirlhf.evaluate import ranking_accuracy, score_sequences
+from minirlhf.formats import read_records
+from minirlhf.pretrained import load_reward_model
+
+
+def answers(record: Any) -> list[dict[str, Any]]:
+    """The answers of a record, each as the line that its score will join."""
+    if hasattr(record, "ranks"):
+        rows = zip(record.responses, record.ranks, strict=True)
+        return [{"prompt": record.prompt, "response": text, "rank": rank} for text, rank in rows]
+    if hasattr(record, "response"):
+        label = {"label": record.label} if hasattr(record, "label") else {}
+        return [{"prompt": record.prompt, "response": record.response, **label}]
+    return []
+
+
+@torch.no_grad()
+def scored(loaded: Any, records: Sequence[Any], device: str) -> list[dict[str, Any]]:
+    """One line per answer; an answer that is longer than the model reads is refused."""
+    lines, sequences = [], []
+    for record in records:
+        context = getattr(record, "context", ()) or record.prompt
+        prompt = loaded.template.prompt_ids(loaded.tokenizer, context)
+        for line in answers(record):
+            ids = prompt + loaded.template.response_ids(loaded.tokenizer, line["response"])
+            if len(ids) > loaded.model.config.max_seq_len:
+                raise DataError(
+                    f"line {record.line}: {len(ids)} tokens, more than the model's {loaded.model.config.max_seq_len}; "
+                    f"shorten the row or leave it out"
+                )
+            lines.append(line)
+            sequences.append(ids)
+    scores = score_sequences(loaded.model, sequences, 64, device).tolist() if lines else []
+    return [{**line, "score": score} for line, score in zip(lines, scores, strict=True)]
+
+
+def summary(loaded: Any, records: Sequence[Any], lines: Sequence[dict[str, Any]], device: str) -> str:
+    """Count, mean, deviation; agreement with the ranks where there are some."""
+    scores = [line["score"] for line in lines]
+    words = (
+        f"{len(scores)} answers, score mean {statistics.fmean(scores):.3f}, deviation {statistics.pstdev(scores):.3f}"
+    )
+    ranked = [record for record in records if hasattr(record, "ranks")]
+    if ranked:
+        lists, _ = encode_lists(ranked, loaded.tokenizer, loaded.template, loaded.model.config.max_seq_len)
+        found = ranking_accuracy(loaded.model, lists, 64, device)
+        words += (
+            f"; agrees with {found['accuracy']:.3f} of {found['pairs']} pairs "
+            f"(95 % interval {found['accuracy_low']:.3f} to {found['accuracy_high']:.3f})"
+        )
+    return words
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; a mistake is one line on stderr and its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.score", allow_abbrev=False)
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="folder of a reward model")
+    add("path", metavar="FILE", help="answers: JSON lines, JSON, TSV, .gz, in a format of `minirlhf.formats`")
+    add("--format", default="auto", help="the file's format (default: told from its rows)")
+    add("--on_bad_row", default="error", choices=("error", "drop"), help="what a bad row does (default error)")
+    add("--template", default="", help="prompt template (default: the model's own)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
+    args = parser.parse_args(argv)
+    try:
+        loaded = open_folder(args.folder, load_reward_model, template=args.template, device=args.device)
+        records, read = read_records(args.path, format=args.format, on_bad_row=args.on_bad_row)
+        try:
+            lines = scored(loaded, records, args.device)
+        except DataError as e:
+            raise DataError(f"{args.path}: {e}") from e
+        if not lines:
+            raise DataError(f"{args.path}: holds no answers to score")
+        for line in lines:
+            print(json.dumps(line, ensure_ascii=False))  # noqa: T201
+        dropped = f"; {len(read.dropped)} rows left out" if read.dropped else ""
+        print(summary(loaded, records, lines, args.device) + dropped, file=sys.stderr)  # noqa: T201
+        return 0
+    except UserError as e:
+        code, words = e.exit_code, str(e)
+    except OSError as e:
+        code, words = 3, f"{e.filename or args.path}: {e.strerror or e}"
+    print("error: " + " ".join(words.split()), file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

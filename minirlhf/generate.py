@@ -78,6 +78,7 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
     )  # fmt: skip
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     _check(model, input_ids, mask, sampling)
+    input_ids = torch.where(mask, input_ids, 0)  # what stands under the padding need not be a token
     training = model.training
     model.eval()
     try:
@@ -134,9 +135,9 @@ def _decode(
 def _prefill(model: CausalLM, input_ids: Tensor, mask: Tensor, R: int) -> tuple[Cache, Tensor, Tensor]:
     """Run each distinct prompt once → cache, hidden state at the last position, and the distinct prompt of each row."""
     P = input_ids.shape[1]
-    both = torch.cat([torch.where(mask, input_ids, -1), mask.long()], 1)  # (B, 2P); pads compare equal
+    both = torch.cat([input_ids, mask.long()], 1)  # (B, 2P)
     distinct, source = torch.unique(both, dim=0, return_inverse=True)  # (U, 2P), (B,)
-    ids, real = distinct[:, :P].clamp(min=0), distinct[:, P:].bool()
+    ids, real = distinct[:, :P], distinct[:, P:].bool()
     cache = Cache(model.config, len(ids), P + R, dtype=model.trunk.embed.weight.dtype, device=input_ids.device)
     return cache, model.hidden(ids, real, cache=cache)[:, -1], source
 
@@ -178,6 +179,8 @@ def filtered(
     excluded += sampling.begin_suppress_tokens if t == 0 else ()
     if excluded:
         z = z.index_fill(-1, torch.tensor(excluded, device=z.device), NEVER)
+    if not (z > NEVER).any(-1).all():
+        raise NonFiniteError(f"the sampling filters leave no token to draw at new token {t}; loosen them")
     if not sampling.do_sample:
         return z
     z = z / sampling.temperature
@@ -186,8 +189,6 @@ def filtered(
         z = z.masked_fill(z < kth, NEVER)
     if sampling.top_p < 1.0:
         z = nucleus(z, sampling.top_p)
-    if not (z > NEVER).any(-1).all():
-        raise NonFiniteError(f"the sampling filters leave no token to draw at new token {t}; loosen them")
     return z
 
 

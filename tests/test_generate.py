@@ -1,5 +1,5 @@
-"""Sampling: the same answers as a loop without cache, whatever stands beside a row; the right distribution; every filter
-by hand.
+"""Sampling: the same answers as a loop without cache, whatever stands beside a row; the right distribution; filters by
+hand.
 
 `fixed` models give the same logits after every prefix, so that what must be drawn can be worked out on paper. `plain`
 is decoding as a textbook has it: one row, no padding, no cache, a full forward per token.
@@ -41,7 +41,7 @@ def lm(family="llama", dtype=torch.float64, **settings):
 
 
 def fixed(*logits):
-    """Logits that depend on nothing: the last norm scales everything away and its bias picks the head's first column."""
+    """Logits that depend on nothing: the last norm scales all away and its bias picks the head's first column."""
     config = ModelConfig(family="gpt2", vocab_size=len(logits), n_layer=1, n_head=1, d_model=2, max_seq_len=64)
     model = CausalLM(config)
     with torch.no_grad():

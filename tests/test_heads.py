@@ -89,7 +89,7 @@ def test_value_model_of_a_reward_model():
     value = ValueModel.from_reward_model(score)
     ids = tokens(3, 5)
     with torch.no_grad():
-        assert_close(value(ids)[:, -1], score(ids), exact)
+        assert_close(value(ids)[:, -1], score(ids), fp64)  # a product of other shapes
         zero = ValueModel.from_reward_model(score, zero_head=True)
         assert zero(ids).abs().max() == 0
         assert_close(zero.trunk(ids), score.trunk(ids), exact)

@@ -163,7 +163,8 @@ def plain_logits(model, row):
         attended = plain_attention([plain_norm(x, block.norm1, config) for x in xs], block.attn, config, window)
         middle = [x + a for x, a in zip(xs, attended, strict=True)]
         sources = xs if config.parallel_residual else middle
-        xs = [m + plain_mlp(plain_norm(s, block.norm2, config), block.mlp, config) for m, s in zip(middle, sources, strict=True)]
+        normed = [plain_norm(s, block.norm2, config) for s in sources]
+        xs = [m + plain_mlp(y, block.mlp, config) for m, y in zip(middle, normed, strict=True)]
     head = trunk.embed.weight if config.tied else model.head.weight
     return torch.stack([head @ plain_norm(x, trunk.final_norm, config) for x in xs])
 
@@ -341,7 +342,7 @@ def test_rotation_by_hand():
 
 
 def test_scaled_frequencies_by_hand():
-    """Factor 4, low 1, high 4, n = 40: wavelengths below 10 stay, above 40 are stretched, 20 is one third of the way."""
+    """Factor 4, low 1, high 4, n = 40: wavelengths below 10 stay, above 40 are stretched, 20 is a third of the way."""
     like = torch.empty(0, dtype=torch.float64)
     theta = (20 / (2 * math.pi)) ** 2  # D = 4: wavelengths 2π and 20
     config = ModelConfig("llama", n_head=1, d_model=4, rope_theta=theta, rope_factor=4.0, rope_llama3=(1.0, 4.0, 40))

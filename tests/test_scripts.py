@@ -71,8 +71,10 @@ def test_the_whole_of_rlhf(pipeline):
     assert ppo[0]["val/first_ratio_gap"] == 0
     assert all(m["val/first_ratio_gap"] == 0 for m in ppo)
     assert ppo[1]["objective/kl"] != 0
-    wanted = ("objective/scores policy/approxkl_avg policy/clipfrac_avg loss/policy_avg loss/value_avg val/ratio lr "
-              "episode response/length_mean response/empty_frac response/eos_frac value/explained_var gold/score")  # fmt: skip
+    wanted = (
+        "objective/scores policy/approxkl_avg policy/clipfrac_avg loss/policy_avg loss/value_avg val/ratio lr episode "
+        "response/length_mean response/empty_frac response/eos_frac value/explained_var gold/score"
+    )
     assert set(wanted.split()) <= ppo[0].keys()
     samples = [json.loads(x) for x in (cwd / "runs/ppo/samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {0, 3}
@@ -177,8 +179,8 @@ def test_ranked_texts_go_through_all_three_stages(tmp_path):
              "--sft.microbatch_size", "4"]  # fmt: skip
     data = ["--data.path", "ranked.tsv"]
     script("sft", *data, *model, "--run.steps", "5", "--optim.warmup_steps", "1", cwd=tmp_path)
-    script("rm", *data, "--run.steps", "5", "--data.holdout", "4", "--optim.warmup_steps", "1", "--rm.minibatch_size", "8",
-           "--rm.microbatch_size", "4", cwd=tmp_path)  # fmt: skip
+    script("rm", *data, "--run.steps", "5", "--data.holdout", "4", "--optim.warmup_steps", "1",
+           "--rm.minibatch_size", "8", "--rm.microbatch_size", "4", cwd=tmp_path)  # fmt: skip
     script("ppo", *TINY["ppo"], "--ppo.prompts", "the film,the tea", cwd=tmp_path)
     last = metrics(tmp_path / "runs/rm")[-1]
     assert last["val/pairs"] == 4 * 6

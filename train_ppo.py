@@ -19,7 +19,7 @@ from minirlhf import stage
 from minirlhf.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from minirlhf.config import PPOConfig
 from minirlhf.data import left_padded, step_rows
-from minirlhf.evaluate import Gold, examine, summary
+from minirlhf.evaluate import Gold, examine, frontier_share, summary
 from minirlhf.optim import adamw, lr_factor, set_lr
 from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers
 from minirlhf.report import write_report
@@ -83,8 +83,12 @@ def main(config: PPOConfig, run: Run) -> None:
         if step in SHOWN or step == c.run.steps:
             show(run, exam(prompts[:6]), step)
 
-    evaluation = json.loads((run.folder / "evaluation.json").read_text())
-    write_json(run.folder / "evaluation.json", evaluation | {"after": summary(exam(repeated(prompts, EXAM)))})
+    before = json.loads((run.folder / "evaluation.json").read_text())["before"]
+    after = summary(exam(repeated(prompts, EXAM)))
+    if "gold" in after:
+        after["frontier_share"] = frontier_share(after["kl"], after["gold"])
+    write_json(run.folder / "evaluation.json", {"before": before, "after": after})
+    run.say(verdict(before, after))
     final = run.finish(lambda folder: stage.save_ppo(folder, loaded, roles))
     run.say(f"model: {final}\nreport: {write_report(run.folder)}")
 
@@ -107,6 +111,13 @@ def gold_metrics(rollout: Rollout, loaded: stage.Loaded, gold: Gold | None) -> d
         return {}
     golds = gold(*rollout.texts(loaded.tokenizer), rollout.has_eos.tolist())
     return {"gold/score": sum(golds) / len(golds)}
+
+
+def verdict(before: dict[str, float], after: dict[str, float]) -> str:
+    """The whole run in a line."""
+    changes = [f"{name} {before[name]:.2f} → {after[name]:.2f}" for name in ("score", "gold", "length") if name in after]
+    share = f"; {after['frontier_share']:.0%} of the gold that this KL can buy" if "frontier_share" in after else ""
+    return f"{', '.join(changes)} at KL {after['kl']:.2f} nats per answer{share}"
 
 
 def show(run: Run, records: list[dict[str, Any]], step: int) -> None:

@@ -94,7 +94,7 @@ class DataSection:
 class PairDataSection(DataSection):
     """Records of preference; the built-in labeler judges answers of the SFT model."""
 
-    size: int = key(8192, "pairs the built-in task makes", low=1)
+    size: int = key(32768, "pairs the built-in task makes", low=1)
     labeler: str = key(
         "good", "who judges in the built-in task", choices=("good", "weak", "length_biased", "length_only")
     )
@@ -127,8 +127,8 @@ class SFTSection:
 class RMSection:
     """Reward model."""
 
-    minibatch_size: int = key(64, "lists or pairs of one optimizer step, over all ranks", low=1)
-    microbatch_size: int = key(64, "lists or pairs of one forward, per rank", low=1)
+    minibatch_size: int = key(32, "lists or pairs of one optimizer step, over all ranks", low=1)
+    microbatch_size: int = key(32, "lists or pairs of one forward, per rank", low=1)
     loss: str = key(
         "log",
         "ranking loss; log: InstructGPT's, equal to Bradley-Terry for pairs",
@@ -151,9 +151,9 @@ class PPOSection:
     """Proximal policy optimization (Schulman et al. 2017) with a KL penalty in the reward (Ziegler et al. 2019)."""
 
     prompts: tuple[str, ...] = key((), "prompts to answer (a list, or separated by commas); empty: those of the data")
-    rollout_size: int = key(64, "answers of one iteration, over all ranks", low=1)
-    minibatch_size: int = key(32, "answers of one optimizer step, over all ranks", low=1)
-    microbatch_size: int = key(32, "answers of one forward, per rank", low=1)
+    rollout_size: int = key(256, "answers of one iteration, over all ranks", low=1)
+    minibatch_size: int = key(128, "answers of one optimizer step, over all ranks", low=1)
+    microbatch_size: int = key(128, "answers of one forward, per rank", low=1)
     epochs: int = key(4, "passes over a rollout", low=1)
     gamma: float = key(1.0, "discount", low=0.0, high=1.0)
     gae_lambda: float = key(0.95, "λ of GAE", low=0.0, high=1.0)
@@ -161,7 +161,7 @@ class PPOSection:
     value_clip_range: float = key(0.2, "ε_v around the rollout's values; 0: no clipping", low=0.0)
     value_coef: float = key(0.5, "weight of the value loss", low=0.0)
     entropy_coef: float = key(0.0, "weight of the entropy bonus", low=0.0)
-    kl_coef: float = key(0.05, "β, nats to reward", low=0.0)
+    kl_coef: float = key(0.1, "β, nats to reward", low=0.0)
     kl: str = key(
         "k1", "estimator in the reward; only k1 has the gradient of the sequence KL", choices=("k1", "k2", "k3", "abs")
     )
@@ -226,7 +226,7 @@ class SFTConfig:
 class RMConfig:
     """`train_rm.py`."""
 
-    run: RunSection = RunSection(steps=384)
+    run: RunSection = RunSection(steps=2048)
     model: ModelSection = ModelSection(path="runs/sft/final")
     lora: LoRASection = LoRASection()
     data: PairDataSection = PairDataSection()
@@ -249,7 +249,7 @@ class PPOConfig:
     reward: RewardSection = RewardSection()
     lora: LoRASection = LoRASection()
     data: DataSection = DataSection()
-    optim: OptimSection = OptimSection(lr=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0)
+    optim: OptimSection = OptimSection(lr=5e-4, schedule="constant", warmup_steps=0, weight_decay=0.0)
     ppo: PPOSection = PPOSection()
     sample: SampleSection = SampleSection()
 

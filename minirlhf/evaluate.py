@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirlhf import review_world
 from minirlhf.data import Example, RankedList, by_length, collate, left_padded, pad
 from minirlhf.heads import RewardModel
 from minirlhf.model import CausalLM
@@ -215,6 +216,12 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     deviation = math.sqrt(sum((r["score"] - mean["score"]) ** 2 for r in records) / n)
     distinct = len({(r["prompt"], r["response"]) for r in records}) / n
     return {"answers": n, **mean, "score_std": deviation, "distinct_frac": distinct}
+
+
+def frontier_share(kl: float, gold: float) -> float:
+    """The share of the gain in gold that the built-in task allows at this KL (nats per answer)."""
+    start = review_world.frontier(0.0)
+    return (gold - start) / (review_world.frontier(kl) - start) if kl > 0 else 0.0
 
 
 @torch.no_grad()

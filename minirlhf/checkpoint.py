@@ -7,6 +7,7 @@ The folder gets its name by rename after everything in it was read back, and old
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -17,42 +18,76 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minirlhf.errors import CheckpointError
+from minirlhf.safefile import read_json, write_file, write_tensors
 
 Tensors = dict[str, dict[str, Tensor]]  # group -> name -> tensor
-STEP = re.compile(r"step_(\d{8})")
+STEP = re.compile(r"(step|best)_(\d{8})")
+MANIFEST = "MANIFEST.json"
 
 
-def save(root: Path, step: int, tensors: Tensors, state: dict[str, Any], *, keep: int) -> Path:
-    """Write step's checkpoint, verify it, give it its name, then delete all but the `keep` newest."""
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".tmp_*"):
-        shutil.rmtree(leftover)
+def save(
+    root: Path,
+    step: int,
+    tensors: Tensors,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    merits: dict[int, float] | None = None,  # step -> how good, higher is better
+) -> Path:
+    """Write step's checkpoint, verify it, give it its name; then all but the `keep` newest and the best go.
+
+    Whatever fails, the newest complete checkpoint stays; CheckpointError says why and names it.
+    """
     target, temporary = root / f"step_{step:08d}", root / f".tmp_step_{step:08d}_{os.getpid()}"
-    temporary.mkdir()
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".tmp_*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
         for group, named in tensors.items():
-            save_file({k: v.detach().contiguous().cpu() for k, v in named.items()}, temporary / f"{group}.safetensors")
-        _write_json(temporary / "state.json", state)
-        files = sorted(p for p in temporary.iterdir())
-        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}
-        _write_json(temporary / "MANIFEST.json", {"step": step, "files": manifest})
-        for path in [*files, temporary / "MANIFEST.json", temporary]:
-            fsync(path)
-        verify(temporary)
-        if target.exists():  # written by a run that was killed after the rename and resumed from an older one
-            shutil.rmtree(target)
+            write_tensors(temporary / f"{group}.safetensors", named)
+        write_file(temporary / "state.json", [_json(state)])
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(temporary.iterdir())}
+        write_file(temporary / MANIFEST, [manifest(step, files)])
+        fsync(temporary)
+        verify(temporary, step)
+        if target.exists():  # damaged, or this run would have gone on from it
+            _discard(target)
         temporary.rename(target)
         fsync(root)
-    except BaseException:
+        _rotate(root, step, keep, merits or {})
+    except OSError as e:
+        newest = max(_steps(root), default=None)
+        rest = "there is none yet" if newest is None else f"the newest complete one is step_{newest:08d}"
+        raise CheckpointError(
+            f"{target}: cannot be written ({e.strerror or e}); {rest}; make room, then --run.resume true"
+        ) from e
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in sorted(_steps(root))[:-keep]:
-        shutil.rmtree(root / f"step_{old:08d}")
     return target
+
+
+def _rotate(root: Path, step: int, keep: int, merits: dict[int, float]) -> None:
+    """All but the `keep` newest go, and those of a future that is being computed again; the best is renamed best_*."""
+    steps = sorted(_steps(root))
+    gone = [s for s in steps if s > step] + [s for s in steps if s <= step][:-keep]
+    best = max([*steps, *_steps(root, "best")], key=lambda s: (merits.get(s, -math.inf), s))
+    for old in gone:
+        if old == best and best in merits:
+            for earlier in _steps(root, "best"):
+                _discard(root / f"best_{earlier:08d}")
+            (root / f"step_{old:08d}").rename(root / f"best_{old:08d}")
+        else:
+            _discard(root / f"step_{old:08d}")
+
+
+def _discard(folder: Path) -> None:
+    """Delete; what carries a checkpoint's name is complete until it carries it no more."""
+    nameless = folder.rename(folder.with_name(f".tmp_old_{folder.name}"))
+    shutil.rmtree(nameless)
 
 
 def load_newest(root: Path) -> tuple[int, Tensors, dict[str, Any]] | None:
@@ -64,10 +99,10 @@ def load_newest(root: Path) -> tuple[int, Tensors, dict[str, Any]] | None:
     for step in sorted(_steps(root), reverse=True):
         folder = root / f"step_{step:08d}"
         try:
-            verify(folder)
+            verify(folder, step)
             groups = {p.stem: _read_tensors(p) for p in sorted(folder.glob("*.safetensors"))}
-            return step, groups, json.loads((folder / "state.json").read_text())
-        except CheckpointError as e:
+            return step, groups, read_json(folder / "state.json")
+        except (CheckpointError, OSError) as e:
             damaged.append(str(e))
             print(f"damaged checkpoint passed over: {e}", file=sys.stderr)  # noqa: T201
     if damaged:
@@ -75,15 +110,24 @@ def load_newest(root: Path) -> tuple[int, Tensors, dict[str, Any]] | None:
     return None
 
 
-def verify(folder: Path) -> None:
+def manifest(step: int, files: dict[str, Any]) -> bytes:
+    """MANIFEST.json: size and sha256 of every file, and the sha256 of all that, so that no byte can change unseen."""
+    content = {"step": step, "files": files}
+    return _json(content | {"sha256": hashlib.sha256(_json(content)).hexdigest()})
+
+
+def verify(folder: Path, step: int) -> None:
     """Raise CheckpointError unless every file of the manifest is there with its size and sha256, and nothing else."""
-    path = folder / "MANIFEST.json"
+    path = folder / MANIFEST
     try:
-        files = json.loads(path.read_text())["files"]
-        named = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        stored = read_json(path)
+        named = {name: (entry["bytes"], entry["sha256"]) for name, entry in stored["files"].items()}
+        whole = path.read_bytes() == manifest(step, stored["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{path}: unreadable manifest ({type(e).__name__}); this checkpoint is damaged") from e
-    present = {p.name for p in folder.iterdir()} - {"MANIFEST.json"}
+    if not whole:
+        raise CheckpointError(f"{path}: differs from its own sha256, or from step {step}; this checkpoint is damaged")
+    present = {p.name for p in folder.iterdir()} - {MANIFEST}
     if present != set(named) or "state.json" not in named:
         raise CheckpointError(f"{folder}: holds {sorted(present)}, the manifest names {sorted(named)}")
     for name, (size, digest) in named.items():
@@ -142,12 +186,12 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
-def _steps(root: Path) -> list[int]:
-    return [int(m[1]) for p in root.glob("step_*") if (m := STEP.fullmatch(p.name))]
+def _steps(root: Path, kind: str = "step") -> list[int]:
+    return [int(m[2]) for p in root.glob(f"{kind}_*") if (m := STEP.fullmatch(p.name))]
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode()
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minirlhf import dist
+from minirlhf.errors import CheckpointError
+from minirlhf.safefile import write_file
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """One JSON object, one `write`: a crash leaves whole lines, or one torn last line that readers skip."""
     data = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        while data:
-            data = data[os.write(fd, data) :]
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            while data:
+                data = data[os.write(fd, data) :]
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise CheckpointError(
+            f"{path}: cannot be written ({e.strerror or e}); make room, then --run.resume true"
+        ) from e
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -44,14 +51,14 @@ def cut_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            record = json.loads(line)
-        except ValueError:
+            beyond = json.loads(line)["step"] > step
+        except (ValueError, KeyError, TypeError):
             break
-        if record["step"] > step:
+        if beyond:
             break
         kept.append(line + b"\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(b"".join(kept))
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_file(temporary, kept)
     os.replace(temporary, path)
 
 

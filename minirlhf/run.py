@@ -26,8 +26,12 @@ from minirlhf.config import help_text, load_config, to_dict
 from minirlhf.errors import NonFiniteError, UsageError, UserError
 from minirlhf.log import Progress, append_line, cut_after, read_lines
 from minirlhf.rng import derive_seed
+from minirlhf.safefile import read_json, write_file
 
 MAY_DIFFER = ("dir", "engine", "keep", "save_every", "log_every", "resume", "debug")  # between a start and its resume
+LOGS = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl")  # a line has a step
+OWN = {".lock", "config.json", "environment.json", "dropped.jsonl", "evaluation.json", "probe.json", *LOGS}
+BEST = {"val/loss": -1, "val/accuracy": 1, "objective/rlhf_reward": 1}  # what makes a checkpoint the best: low, high
 Snapshot = Callable[[], tuple[checkpoint.Tensors, dict[str, Any]]]
 
 
@@ -65,10 +69,20 @@ class Run:
         if self.goes_aside:
             self._set_aside()
         write_json(self.folder / "config.json", to_dict(self.config))
-        write_json(self.folder / "environment.json", environment())
+        self._note_environment()
         (self.folder / "dropped.jsonl").unlink(missing_ok=True)
         for row in self.dropped:
             append_line(self.folder / "dropped.jsonl", row)
+
+    def _note_environment(self) -> None:
+        """environment.json; a resumed run says where the machine is another one than at first."""
+        path, now = self.folder / "environment.json", environment()
+        if self.config.run.resume and path.is_file():
+            before = read_json(path)
+            changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+            if changed:
+                print(f"resumed elsewhere: {', '.join(changed)}; equal bits are not promised", file=sys.stderr)  # noqa: T201
+        write_json(path, now)
 
     def _take_lock(self) -> None:
         """An advisory lock that the kernel frees whatever happens to this process."""
@@ -101,12 +115,7 @@ class Run:
     def _refuse_foreign(self) -> None:
         stored = self.folder / "config.json"
         if not self._used():
-            foreign = {p.name for p in self.folder.iterdir()} - {
-                ".lock",
-                "config.json",
-                "environment.json",
-                "dropped.jsonl",
-            }
+            foreign = {p.name for p in self.folder.iterdir() if not (p.name in OWN or p.match(".*.tmp"))}
             if foreign:
                 raise UsageError(
                     f"run.dir {self.folder} holds {sorted(foreign)[0]}, which is no run; choose an empty folder"
@@ -140,7 +149,7 @@ class Run:
         self._begin()
         found = checkpoint.load_newest(self.folder / "checkpoints") if self.config.run.resume else None
         step = found[0] if found else 0
-        for log in ("metrics.jsonl", "samples.jsonl"):
+        for log in LOGS:
             cut_after(self.folder / log, step if found else -1)
         self.progress.start = step
         return found
@@ -154,7 +163,9 @@ class Run:
             yield step
             due = step == run.steps or (run.save_every and step % run.save_every == 0)
             if due or self.signal:
-                checkpoint.save(self.folder / "checkpoints", step, *snapshot(), keep=run.keep)
+                for log in filter(Path.exists, (self.folder / name for name in LOGS)):
+                    checkpoint.fsync(log)  # never behind the checkpoint
+                checkpoint.save(self.folder / "checkpoints", step, *snapshot(), keep=run.keep, merits=self._merits())
             if self.signal:
                 raise SystemExit(self.signal)
         self.training = False
@@ -183,6 +194,12 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """What has been logged."""
         return read_lines(self.folder / "metrics.jsonl")
+
+    def _merits(self) -> dict[int, float]:
+        """How good each step was, as far as the log tells."""
+        lines = self.metrics()
+        name = next((name for name in BEST if any(name in line for line in lines)), "")
+        return {line["step"]: BEST[name] * line[name] for line in lines if line.get(name) is not None}
 
     def finish(self, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a temporary folder, which then becomes final/."""
@@ -267,5 +284,6 @@ def environment() -> dict[str, Any]:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Complete or absent."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    write_file(temporary, [text.encode()])
     os.replace(temporary, path)

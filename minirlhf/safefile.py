@@ -10,8 +10,9 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -191,10 +192,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            plain = tensor.detach().to("cpu").contiguous()
-            f.write(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        f.flush()
-        os.fsync(f.fileno())
+    plain = (tensor.detach().to("cpu").contiguous().reshape(-1) for tensor in tensors.values())
+    write_file(path, chain([struct.pack("<Q", len(text)) + text], (x.view(torch.uint8).numpy() for x in plain)))
+
+
+def write_file(path: Path, parts: Iterable[Any]) -> None:
+    """A file of these parts (bytes, or arrays of bytes), on disk when this returns; an OSError names it."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e

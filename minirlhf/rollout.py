@@ -1,17 +1,24 @@
-"""A rollout: prompts, the policy's answers, and what every role says about each token.
+"""A rollout: prompts, the policy's answers, and what every role says about each token; its file.
 
 Index t of each (B, R) tensor is the answer token a_t. The models speak of positions of the whole sequence; the one
 place where positions become answer tokens is `response_positions`.
 """
 
+import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minirlhf.data import decode
+from minirlhf.errors import CheckpointError
 from minirlhf.generate import generate
 from minirlhf.heads import RewardModel, ValueModel
 from minirlhf.model import CausalLM
@@ -35,6 +42,7 @@ class Rollout:
     values: Tensor  # (B, R) V(s_t), before a_t
     scores: Tensor  # (B,) of the reward model or reward function, as it gave them
     has_eos: Tensor  # (B,) bool, False: cut by max_new_tokens
+    score_at: str = "last"  # token that receives the score, see `action_mask` and `value_mask`
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -47,7 +55,21 @@ class Rollout:
     @property
     def attention_mask(self) -> Tensor:  # (B, T)
         """True at real tokens of both."""
-        return torch.cat([self.prompt_mask, self.response_mask], 1)
+        return torch.cat([self.prompt_mask, self.action_mask], 1)
+
+    @property
+    def action_mask(self) -> Tensor:  # (B, R) bool
+        """Tokens that count as actions: the answer's; with the score in the last column, those after EOS too."""
+        if self.score_at == "column":
+            return self.response_mask.any(1, keepdim=True).expand_as(self.response_mask)
+        return self.response_mask
+
+    @property
+    def value_mask(self) -> Tensor:  # (B, R) bool
+        """States with a value: those of the actions; with the score after the answer, the state that it ends in too."""
+        if self.score_at == "next":
+            return self.response_mask | F.pad(self.response_mask, (1, 0))[:, :-1]
+        return self.action_mask
 
     @property
     def lengths(self) -> Tensor:  # (B,)
@@ -62,8 +84,8 @@ class Rollout:
     def rows(self, index: Tensor) -> "Rollout":
         """These episodes, with the columns that are padding in all of them cut off."""
         first = self.prompts.shape[1] - int(self.prompt_mask[index].sum(1).max())
-        R = int(self.response_mask[index].sum(1).max())
-        cut = {f.name: getattr(self, f.name)[index] for f in fields(self)}
+        R = int(self.value_mask[index].sum(1).max())
+        cut = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "score_at"}
         for name, x in cut.items():
             if x.ndim == 2:
                 cut[name] = x[:, first:] if name in ("prompts", "prompt_mask") else x[:, :R]
@@ -102,15 +124,15 @@ def policy_stats(
     impl: str = "auto",
 ) -> dict[str, Tensor]:  # each (B, R); logprobs: log π(a_t), 0 at padding
     """The one function behind old, new and reference log-probs."""
-    targets = torch.where(rollout.response_mask, rollout.responses, IGNORE)  # (B, R)
+    targets = torch.where(rollout.action_mask, rollout.responses, IGNORE)  # (B, R)
     whole = rollout.input_ids, rollout.attention_mask
     return target_stats(model, *whole, targets, temperature=temperature, want=want, impl=impl)
 
 
-def state_values(model: ValueModel, rollout: Rollout) -> Tensor:  # (B, R) V(s_t), before a_t; 0 at padding
+def state_values(model: ValueModel, rollout: Rollout) -> Tensor:  # (B, R) V(s_t), before a_t; 0 outside value_mask
     """The value model at the positions from which the answer's tokens are drawn."""
     values = response_positions(model(rollout.input_ids, rollout.attention_mask), rollout.responses.shape[1])
-    return torch.where(rollout.response_mask, values, 0.0)
+    return torch.where(rollout.value_mask, values, 0.0)
 
 
 Partition = Callable[[Tensor], Sequence[Tensor]]
@@ -126,8 +148,8 @@ class Roles(NamedTuple):
 
 
 def reward_model_score(model: RewardModel) -> Callable[[Rollout], Tensor]:
-    """Scores of whole sequences, read at their last real token."""
-    return lambda rollout: model(rollout.input_ids, rollout.attention_mask)
+    """Scores of prompt and answer, read at the answer's last token."""
+    return lambda rollout: model(rollout.input_ids, torch.cat([rollout.prompt_mask, rollout.response_mask], 1))
 
 
 def collect(
@@ -136,6 +158,7 @@ def collect(
     prompt_mask: Tensor,  # (B, P)
     *,
     eos_token_id: int,
+    score_at: str = "last",  # "column": sampling goes on after EOS, see `Rollout.action_mask`
     impl: str = "auto",
     partition: Partition,  # response lengths (B,) → rows of each forward
     **sampling: Any,  # as `generate` takes it
@@ -145,11 +168,14 @@ def collect(
     `partition` gives the microbatches of the first epoch: old log-probs come from the very forwards that the update
     repeats, and its first ratio is 1 in every bit.
     """
-    made = generate(roles.policy, prompts, prompt_mask, eos_token_id=eos_token_id, **sampling)
-    has_eos = ((made.tokens == eos_token_id) & made.mask).any(1)  # (B,)
+    stop = None if score_at == "column" else eos_token_id
+    made = generate(roles.policy, prompts, prompt_mask, eos_token_id=stop, **sampling)
+    ends = (made.tokens == eos_token_id) & made.mask  # (B, R)
+    answer = made.mask & (ends.cumsum(1) - ends.long() == 0)  # (B, R) no EOS before
     blank = torch.zeros_like(made.logprobs)  # (B, R)
+    voids = blank, blank, blank, blank[:, 0]  # `judge` fills them
     rollout = Rollout(
-        prompts, prompt_mask, made.tokens, made.mask, made.logprobs, blank, blank, blank, blank[:, 0], has_eos
+        prompts, prompt_mask, made.tokens, answer, made.logprobs, *voids, has_eos=ends.any(1), score_at=score_at
     )
     return judge(rollout, partition(rollout.lengths), roles, temperature=sampling["temperature"], impl=impl)
 
@@ -169,3 +195,39 @@ def judge(
         out["values"][index, :R] = state_values(roles.value_model, part)
         out["scores"][index] = roles.score(part).to(out["scores"])
     return replace(rollout, **out)
+
+
+# ---- file -----------------------------------------------------------------------------------------------------------
+
+
+def save_rollout(
+    path: Path,
+    rollout: Rollout,
+    state: dict[str, Any],  # numbers and words: step, β, seed ...
+    weights: dict[str, dict[str, Tensor]],  # group (policy, value_model, optimizer) → name → tensor, before the update
+) -> None:
+    """Everything that runs an update again, in one safetensors file that is complete or absent."""
+    columns = {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "score_at"}
+    groups = {"rollout": columns} | weights
+    tensors = {f"{group}.{name}": x for group, named in groups.items() for name, x in named.items()}
+    words = json.dumps({"score_at": rollout.score_at, "state": state}, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata={"minirlhf": words})
+    with temporary.open("rb") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_rollout(path: Path) -> tuple[Rollout, dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """→ rollout, state, weights of `save_rollout`. Raises CheckpointError."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            words = json.loads(file.metadata()["minirlhf"])
+            for key in file.keys():  # noqa: SIM118  (safe_open is no dict)
+                group, name = key.split(".", 1)
+                groups.setdefault(group, {})[name] = file.get_tensor(key)
+        return Rollout(**groups.pop("rollout"), score_at=words["score_at"]), words["state"], groups
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise CheckpointError(f"{path}: is no rollout that ppo.save_rollouts wrote ({e})") from e

@@ -1,6 +1,7 @@
 """A rollout's numbers: who says what about which token, and that the first ratio is 1 in every bit."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tolerance import assert_close, exact, fp32
 
 from minirlhf.config import PPOSection
 from minirlhf.data import left_padded
+from minirlhf.errors import CheckpointError
 from minirlhf.heads import RewardModel, ValueModel
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.ppo import epoch_plans
@@ -16,9 +18,11 @@ from minirlhf.rollout import (
     Roles,
     collect,
     judge,
+    load_rollout,
     policy_stats,
     response_positions,
     reward_model_score,
+    save_rollout,
     state_values,
 )
 
@@ -43,13 +47,14 @@ def roles_of(family, *, zero_head=True):
     return Roles(policy, copy.deepcopy(policy), value, reward_model_score(reward)), reward
 
 
-def roll(roles, *, seed=0, step=1, temperature=0.9):
+def roll(roles, *, seed=0, step=1, temperature=0.9, **how):
     prompts = [[3 + i % 5] * (1 + i % 4) + [4] for i in range(12)]
     ids, mask = left_padded(prompts, PAD)
     rngs = [generator(seed, "sample", step, row) for row in range(len(prompts))]
     return collect(
         roles, ids, mask, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=9, temperature=temperature, rng=rngs,
         partition=lambda n: [rows for minibatch in epoch_plans(n, OPTIONS, seed, step)[0] for rows in minibatch],
+        **how,
     )  # fmt: skip
 
 
@@ -139,3 +144,62 @@ def test_rows_cut_common_padding_and_keep_everything_else():
     assert torch.equal(part.responses, rollout.responses[index, :R])
     assert torch.equal(part.prompts, rollout.prompts[index, -P:])
     assert part.prompt_mask[:, 0].any()
+
+
+def columns(rollout):
+    return {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout) if f.name != "score_at"}
+
+
+def test_a_saved_rollout_comes_back_in_every_bit(tmp_path):
+    roles, _ = roles_of("gpt2")
+    rollout = dataclasses.replace(roll(roles), score_at="next")
+    weights = {"policy": dict(roles.policy.named_parameters()), "optimizer": {"policy.x.step": torch.tensor(3.0)}}
+    save_rollout(tmp_path / "rollouts/a.safetensors", rollout, {"step": 3, "kl_coef": 0.1}, weights)
+    again, state, loaded = load_rollout(tmp_path / "rollouts/a.safetensors")
+    assert [p.name for p in (tmp_path / "rollouts").iterdir()] == ["a.safetensors"]
+    assert (state, again.score_at, set(loaded)) == ({"step": 3, "kl_coef": 0.1}, "next", set(weights))
+    for want, got in ((columns(rollout), columns(again)), *((weights[g], loaded[g]) for g in weights)):
+        assert want.keys() == got.keys()
+        assert all(torch.equal(want[k], got[k]) and want[k].dtype == got[k].dtype for k in want)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_a_file_that_is_no_rollout_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        load_rollout(path)
+    with pytest.raises(CheckpointError, match="absent"):
+        load_rollout(tmp_path / "absent.safetensors")
+
+
+def test_a_score_after_the_answer_gives_one_more_state_a_value():
+    roles, _ = roles_of("gpt2", zero_head=False)
+    last, after = roll(roles), roll(roles, score_at="next")
+    R = last.responses.shape[1]
+    assert_close(after.old_logprobs, last.old_logprobs, fp32)
+    for b in range(len(after)):
+        n = int(after.lengths[b])
+        assert after.value_mask[b].tolist() == [t <= n for t in range(R)]
+        assert after.action_mask[b].tolist() == [t < n for t in range(R)]
+        assert_close(after.values[b, :n], last.values[b, :n], fp32)
+        if n < R:
+            both = torch.cat([after.prompts[b][after.prompt_mask[b]], after.responses[b, :n]])[None]
+            assert_close(after.values[b, n], roles.value_model(both)[0, -1], fp32)
+            assert not after.values[b, n + 1 :].any()
+
+
+def test_a_score_in_the_last_column_makes_actions_of_the_tokens_after_eos():
+    roles, _ = roles_of("gpt2")
+    short, full = roll(roles), roll(roles, score_at="column")
+    assert full.responses.shape[1] == 9
+    assert full.action_mask.all()
+    assert full.value_mask.all()
+    assert torch.equal(full.lengths, short.lengths)  # the answer ends where it ended
+    assert torch.equal(full.has_eos, short.has_eos)
+    assert_close(full.scores, short.scores, fp32)  # and the reward model reads no further
+    assert full.old_logprobs.count_nonzero() == full.old_logprobs.numel()
+    for b in range(len(full)):
+        both = torch.cat([full.prompts[b][full.prompt_mask[b]], full.responses[b]])[None]
+        expected = torch.log_softmax(roles.policy(both)[0, -10:-1].double() / 0.9, -1)
+        assert_close(full.old_logprobs[b], expected[torch.arange(9), full.responses[b]], fp32)

@@ -380,7 +380,7 @@ def head_stats_triton(
 
     Raises RuntimeError for tensors on the CPU when the kernels were made for a GPU.
     """
-    if not hidden.is_cuda and isinstance(forward_kernel, triton.JITFunction):
+    if not hidden.is_cuda and any(isinstance(f, triton.JITFunction) for f in (forward_kernel, tl.sum)):
         raise RuntimeError("impl='triton' needs tensors on a CUDA device, or TRITON_INTERPRET=1 before Python starts")
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     if hidden.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):

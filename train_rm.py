@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from minirlhf import stage
+from minirlhf.adapt import reward_model
 from minirlhf.config import RMConfig
 from minirlhf.data import by_length, encode_lists, pad, step_rows
 from minirlhf.evaluate import ranking_accuracy, score_sequences, score_texts, write_probe
 from minirlhf.fit import fit
-from minirlhf.heads import RewardModel
 from minirlhf.loss import centering_penalty, ranking_loss
 from minirlhf.pretrained import load_causal_lm
 from minirlhf.report import write_report
-from minirlhf.rng import generator
 from minirlhf.run import Run, run_script
 
 
@@ -35,7 +34,7 @@ def main(config: RMConfig, run: Run) -> None:
     )
     loaded = stage.Loaded(policy, tokenizer, template, {})
     records, held_out = stage.ranked_records(c, run, loaded)
-    model = RewardModel.from_causal_lm(policy, rng=generator(c.run.seed, "head"))
+    model = reward_model(policy, c)
     max_length = c.data.max_length or model.config.max_seq_len
     lists, counts = encode_lists(records, tokenizer, template, max_length)
     stage.report_counts("data", counts, len(records))
@@ -59,7 +58,10 @@ def main(config: RMConfig, run: Run) -> None:
         found = ranking_accuracy(model, validation, size, c.run.device) if validation else {}
         return {f"val/{name}": value for name, value in found.items()}
 
-    fit(run, model, losses, validate, eval_every=c.rm.eval_every, words=("loss", "val/accuracy", "tokens_per_s"))
+    words = ("loss", "val/accuracy", "tokens_per_s")
+    found = fit(run, model, losses, validate, eval_every=c.rm.eval_every, words=words)
+    if found:
+        run.say(verdict(found))
     ordinary = [(r.prompt, r.responses[i % len(r.responses)]) for i, r in enumerate(held_out or records)]
     prompts, answers = [p for p, _ in ordinary], [a for _, a in ordinary]
     scores = torch.tensor(score_texts(model, tokenizer, template, prompts, answers, c.run.device))
@@ -67,6 +69,14 @@ def main(config: RMConfig, run: Run) -> None:
     statistics = {"score_mean": float(scores.mean()), "score_std": float(scores.std(correction=0))}
     final = run.finish(lambda folder: stage.save(folder, model, tokenizer, template, **statistics))
     run.say(f"model: {final}\nreport: {write_report(run.folder)}")
+
+
+def verdict(found: dict[str, float]) -> str:
+    """The whole run in a line."""
+    names = ("accuracy", "accuracy_low", "accuracy_high", "best_worst_accuracy", "exact_order")
+    right, low, high, ends, exact = (found[f"val/{name}"] for name in names)
+    return (f"right on {right:.1%} of {found['val/pairs']:,} held-out pairs (95 % interval {low:.1%} to {high:.1%}), "
+            f"{ends:.1%} of best against worst, {exact:.1%} of whole orders")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ def fit(
     *,
     eval_every: int,  # steps; 0: ten times in a run
     words: Sequence[str],  # metrics of the terminal's line
-) -> None:
-    """Take run.steps optimizer steps of AdamW, from the newest checkpoint when the run is resumed."""
+) -> dict[str, float]:
+    """Take run.steps optimizer steps of AdamW, from the newest checkpoint when the run is resumed; returns what
+    `validate` said last."""
     o, steps = run.config.optim, run.config.run.steps
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
+    found: dict[str, float] = {}
     start, tensors, _ = run.restore() or (0, {}, {})
     if tensors:
         load_module(model, tensors["model"])
@@ -52,6 +54,8 @@ def fit(
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": tokens / seconds, "time/step_s": seconds}
         if step % (eval_every or max(1, steps // 10)) == 0 or step == steps:
             model.eval()
-            metrics |= validate()
+            found = validate()
+            metrics |= found
         run.log(step, metrics, words)
     model.eval()
+    return found

@@ -65,10 +65,10 @@ def cut_after(path: Path, step: int) -> None:
 class Progress:
     """One line that renews itself on a terminal, plain lines elsewhere; the time left from the steps so far."""
 
-    def __init__(self, name: str, total: int, *, start: int = 0, out: TextIO | None = None):
-        self.name, self.total, self.start = name, total, start
+    def __init__(self, name: str, total: int, *, out: TextIO | None = None):
+        self.name, self.total = name, total
         self.out = out or sys.stdout
-        self.began = time.monotonic()
+        self.first: tuple[int, float] | None = None  # step and time of the first call: loading does not count
         self.last = 0.0
 
     def show(self, step: int, metrics: dict[str, Any], words: tuple[str, ...], *, keep: bool = False) -> None:
@@ -76,12 +76,13 @@ class Progress:
         if dist.rank() != 0:
             return
         live, now = self.out.isatty(), time.monotonic()
+        first, began = self.first = self.first or (step, now)
         if not live and not (step == self.total or (keep and now - self.last > 2.0)):
             return
         self.last = now
-        left = (now - self.began) / max(1, step - self.start) * (self.total - step)
+        left = f"  {_duration((now - began) / (step - first) * (self.total - step))} left" if step > first else ""
         shown = "  ".join(f"{_short(w)} {_number(metrics[w])}" for w in words if w in metrics)
-        line = f"{self.name} {step}/{self.total}  {shown}  {_duration(left)} left"
+        line = f"{self.name} {step}/{self.total}  {shown}{left}"
         self.out.write(f"\r\x1b[2K{line}" + ("\n" if step == self.total else "") if live else line + "\n")
         self.out.flush()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from minirlhf import stage
 from minirlhf.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
-from minirlhf.config import PPOConfig
+from minirlhf.config import PPOConfig, preset_line
 from minirlhf.data import left_padded, step_rows
 from minirlhf.evaluate import Gold, examine, frontier_share, summary
 from minirlhf.optim import adamw, lr_factor, set_lr
@@ -25,8 +25,8 @@ from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answ
 from minirlhf.report import write_report
 from minirlhf.reward import AdaptiveKL, FixedKL
 from minirlhf.rng import generator
-from minirlhf.rollout import Partition, Roles, Rollout, collect
-from minirlhf.run import Run, run_script, write_json
+from minirlhf.rollout import Partition, Roles, Rollout, collect, save_rollout
+from minirlhf.run import Run, Snapshot, run_script, write_json
 
 SHOWN = (0, 10, 16, 100)  # iterations after which the same prompts are answered for the report, and the last one
 EXAM = 1024  # answers that are drawn before the first and after the last iteration
@@ -55,6 +55,8 @@ def main(config: PPOConfig, run: Run) -> None:
         weights = {role: module_tensors(model) for role, model in trained.items()}
         return weights | {"optimizer": optimizer_tensors(optimizer, named)}, state | {"kl_coef": beta.coef}
 
+    if p.preset:
+        run.say(preset_line(c))
     if start == 0:
         show(run, exam(prompts[:6]), 0)
         write_json(run.folder / "evaluation.json", {"before": summary(exam(repeated(prompts, EXAM)))})
@@ -63,13 +65,15 @@ def main(config: PPOConfig, run: Run) -> None:
         plan = partial(epoch_plans, options=p, seed=c.run.seed, iteration=step)
         rollout = answers(c, roles, prompts, sampling, step, lambda n: list(chain(*plan(n)[0])))  # noqa: B023
         metrics = rollout_metrics(rollout) | gold_metrics(rollout, loaded, gold)
-        if step == 1 and p.score_norm == "first":
-            state |= {"shift": metrics["objective/scores"], "scale": max(metrics["objective/scores_std"], 1e-8)}
+        if step == 1 and p.score_norm != "none":
+            scale = max(metrics["objective/scores_std"], 1e-8) if p.score_norm == "first" else 1.0
+            state |= {"shift": metrics["objective/scores"], "scale": scale}
         scores = score_answers(rollout.scores, rollout.has_eos, p, state["shift"], state["scale"])
         collected = time.perf_counter()
 
         lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
         set_lr(optimizer, lr)
+        keep_rollout(run, step, rollout, lr, snapshot)
         with stage.precision(c.run):
             metrics |= ppo_iteration(
                 roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.lengths), p,
@@ -102,7 +106,18 @@ def answers(
     ids, mask = left_padded([prompts[r] for r in rows], sampling["pad_token_id"], c.run.device)
     rngs = [generator(c.run.seed, "sample", step, row) for row in range(len(rows))]
     with stage.precision(c.run):
-        return collect(roles, ids, mask, partition=partition, impl=c.run.impl, rng=rngs, **sampling)
+        return collect(
+            roles, ids, mask, partition=partition, score_at=c.ppo.score_at, impl=c.run.impl, rng=rngs, **sampling
+        )
+
+
+def keep_rollout(run: Run, step: int, rollout: Rollout, lr: float, snapshot: Snapshot) -> None:
+    """Where ppo.save_rollouts says so: the rollout, and all that its update needs, for `python -m minirlhf.ledger`."""
+    every = run.config.ppo.save_rollouts
+    if every and step % every == 0:
+        weights, state = snapshot()
+        path = run.folder / f"rollouts/step_{step:08d}.safetensors"
+        save_rollout(path, rollout, state | {"step": step, "lr": lr}, weights)
 
 
 def gold_metrics(rollout: Rollout, loaded: stage.Loaded, gold: Gold | None) -> dict[str, float]:
@@ -115,7 +130,9 @@ def gold_metrics(rollout: Rollout, loaded: stage.Loaded, gold: Gold | None) -> d
 
 def verdict(before: dict[str, float], after: dict[str, float]) -> str:
     """The whole run in a line."""
-    changes = [f"{name} {before[name]:.2f} → {after[name]:.2f}" for name in ("score", "gold", "length") if name in after]
+    changes = [
+        f"{name} {before[name]:.2f} → {after[name]:.2f}" for name in ("score", "gold", "length") if name in after
+    ]
     share = f"; {after['frontier_share']:.0%} of the gold that this KL can buy" if "frontier_share" in after else ""
     return f"{', '.join(changes)} at KL {after['kl']:.2f} nats per answer{share}"
 

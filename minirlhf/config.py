@@ -11,6 +11,7 @@ import tomllib
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,7 @@ from minirlhf.errors import UsageError
 
 Config = TypeVar("Config")
 Choices = tuple[str, ...]
+PRESETS = ("oai2019", "trl-legacy", "trl-v2", "dschat", "openrlhf", "instructgpt")  # of ppo.preset
 
 
 def key(default: Any, text: str, *, low: float | None = None, high: float | None = None, choices: Choices = ()) -> Any:
@@ -68,12 +70,15 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class LoRASection:
-    """Low-rank adapters instead of full training."""
+    """Low-rank adapters instead of full training; where model.path is an adapter, its copy is trained."""
 
-    r: int = key(0, "rank; 0: train every weight", low=0)
-    alpha: float = key(16.0, "the update is scaled by alpha / r", low=0.0)
+    r: int = key(0, "rank of a new adapter; 0: train every weight, or the adapter at model.path", low=0)
+    alpha: float = key(16.0, "the update of a new adapter is scaled by alpha / r", low=0.0)
     dropout: float = key(0.0, "dropout before A", low=0.0, high=0.99)
-    targets: tuple[str, ...] = key(("all-linear",), "Hugging Face module names; all-linear: every linear layer")
+    targets: tuple[str, ...] = key(
+        ("all-linear",), "Hugging Face names of modules, or one regular expression; all-linear: every linear layer"
+    )
+    rslora: bool = key(False, "scale by alpha / √r instead (rank-stabilised)")
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,11 @@ class RewardSection:
 class PPOSection:
     """Proximal policy optimization (Schulman et al. 2017) with a KL penalty in the reward (Ziegler et al. 2019)."""
 
+    preset: str = key(
+        "",
+        "another implementation's choices (minirlhf/presets/*_ppo.toml, docs/presets.md); keys that are given override",
+        choices=("", *PRESETS),
+    )
     prompts: tuple[str, ...] = key((), "prompts to answer (a list, or separated by commas); empty: those of the data")
     rollout_size: int = key(256, "answers of one iteration, over all ranks", low=1)
     minibatch_size: int = key(128, "answers of one optimizer step, over all ranks", low=1)
@@ -168,19 +178,43 @@ class PPOSection:
     kl_target: float = key(0.0, "nats per answer the adaptive controller aims at; 0: fixed β", low=0.0)
     kl_horizon: float = key(10000.0, "answers over which the controller acts", low=1.0)
     stop_kl: float = key(0.0, "end the epochs when k3(new, old) per token exceeds this; 0: never", low=0.0)
-    score_at: str = key("last", "token that receives the score", choices=("last", "next", "column"))
+    score_at: str = key(
+        "last",
+        "where the score lands: the answer's last token, the state after it, or the last column, with tokens after EOS "
+        "drawn and counted as actions",
+        choices=("last", "next", "column"),
+    )
+    value_at_end: bool = key(True, "score_at next: train the value of the state after the answer as well")
     score_norm: str = key(
-        "first", "first: scores minus mean over deviation of the first rollout", choices=("none", "first")
+        "first",
+        "first: scores minus mean over deviation of the first rollout; mean: minus its mean only",
+        choices=("none", "first", "mean"),
     )
     score_clip: float = key(0.0, "scores are cut to ± this; 0: off", low=0.0)
     missing_eos: str = key("none", "an answer without EOS", choices=("none", "replace", "subtract"))
     missing_eos_penalty: float = key(1.0, "score becomes minus this, or loses this", low=0.0)
     whiten_rewards: bool = key(False, "scale rewards to unit variance, mean kept")
-    whiten_advantages: bool = key(True, "advantages to mean 0, variance 1 over the rollout")
+    whiten_advantages: bool = key(True, "advantages to mean 0, variance 1")
+    whiten_over: str = key("rollout", "whose tokens give mean and variance", choices=("rollout", "minibatch"))
+    whiten_ddof: int = key(0, "the variance divides by n minus this", low=0, high=1)
+    loss_mean: str = key(
+        "step",
+        "step: sum over tokens by their count in the optimizer step; microbatch: mean of its microbatches' means",
+        choices=("step", "microbatch"),
+    )
+    critic: str = key(
+        "auto",
+        "value model; separate: its own weights, shared: a head on the policy's trunk, lora: an adapter on the "
+        "policy's base; auto: lora where the policy is an adapter, else separate",
+        choices=("auto", "separate", "shared", "lora"),
+    )
     value_init: str = key(
         "auto",
-        "value model starts as the trunk, under a zero head, of the reward model (reward.fn: the policy)",
+        "value model starts as the trunk, under a zero head, of the reward model (else, and without one, the policy)",
         choices=("auto", "reward_trunk", "reward_model", "policy"),
+    )
+    save_rollouts: int = key(
+        0, "iterations between files rollouts/*.safetensors for `minirlhf.ledger`, weights included; 0: none", low=0
     )
 
 
@@ -220,6 +254,8 @@ class SFTConfig:
         """Combinations that cannot work."""
         _divides(self.sft.microbatch_size, self.sft.minibatch_size, "sft.minibatch_size / sft.microbatch_size")
         _check_common(self)
+        if self.lora.r and not self.model.path:
+            raise UsageError(f"lora.r {self.lora.r}: a new model has no base to freeze; give model.path, or lora.r 0")
 
 
 @dataclass(frozen=True)
@@ -262,8 +298,12 @@ class PPOConfig:
             raise UsageError("reward.path and reward.fn are both given; keep one of them")
         if self.reward.fn and self.ppo.value_init.startswith("reward"):
             raise UsageError(f"ppo.value_init {self.ppo.value_init}: reward.fn has no model to start from; use policy")
+        if self.ppo.score_at == "column" and self.sample.min_new_tokens:
+            raise UsageError("ppo.score_at column: every answer has sample.max_new_tokens; set sample.min_new_tokens 0")
         if not self.model.path:
             raise UsageError("model.path is empty: PPO starts from a trained policy; give its folder")
+        if self.ppo.critic == "shared" and self.ppo.value_init not in ("auto", "policy"):
+            raise UsageError(f"ppo.value_init {self.ppo.value_init}: a shared critic stands on the policy's trunk")
 
 
 def _check_common(config: Any) -> None:
@@ -289,13 +329,36 @@ def _check_common(config: Any) -> None:
 
 def load_config(cls: type[Config], argv: Sequence[str]) -> Config:
     """`[CONFIG.toml|json] [--section.key value ...]` → a checked config; every mistake is a UsageError."""
+    flags = list(argv)
+    file = _flatten(_read_file(Path(flags.pop(0)))) if flags and not flags[0].startswith("--") else {}
+    given = [file, _parse_flags(flags)]
+    names = {str(flat["ppo.preset"]) for flat in given if "ppo.preset" in flat}
+    if len(names) > 1:
+        raise UsageError(
+            f"ppo.preset: the file says {file['ppo.preset']!r} and holds options of its own; name the preset there"
+        )
     config: Any = cls()
-    given = list(argv)
-    if given and not given[0].startswith("--"):
-        config = _apply(config, _flatten(_read_file(Path(given.pop(0)))))
-    config = _apply(config, _parse_flags(given))
+    presets = [preset_options(name) for name in names if name in PRESETS and hasattr(config, "ppo")]
+    for flat in (*presets, *given):
+        config = _apply(config, flat)
     config.check()
     return config
+
+
+def preset_options(name: str) -> dict[str, Any]:
+    """What a preset of PPO sets: `ppo.key` → value."""
+    text = resources.files("minirlhf").joinpath("presets", f"{name}_ppo.toml").read_text("utf-8")
+    return _flatten(tomllib.loads(text))
+
+
+def preset_line(config: Any) -> str:
+    """The preset's options in one line, with what was given instead."""
+    words = []
+    for name, value in preset_options(config.ppo.preset).items():
+        key_name = name.removeprefix("ppo.")
+        now = getattr(config.ppo, key_name)
+        words.append(f"{key_name} {_show(now)}" + ("" if now == value else f" (not {_show(value)})"))
+    return f"preset {config.ppo.preset}: " + ", ".join(words)
 
 
 def to_dict(config: object) -> dict[str, Any]:
@@ -317,7 +380,7 @@ def help_text(cls: type, script: str) -> str:
         lines += ["", f"[{section.name}]  {type(section.default).__doc__}"]
         for f in fields(section.default):  # type: ignore[arg-type]
             flag = f"  --{section.name}.{f.name} {_show(getattr(section.default, f.name)) or '(empty)'}"
-            limits = " | ".join(f.metadata["choices"]) or _range(f.metadata)
+            limits = " | ".join(filter(None, f.metadata["choices"])) or _range(f.metadata)
             lines.append(f"{flag.ljust(40)} {f.metadata['help']}" + (f" [{limits}]" if limits else ""))
     return "\n".join(lines)
 
@@ -438,7 +501,7 @@ def _check_range(name: str, value: Any, meta: Any) -> None:
     if meta["choices"] and value not in meta["choices"]:
         near = difflib.get_close_matches(str(value), meta["choices"], n=1)
         raise UsageError(
-            f"{name}: {value!r} is not one of {', '.join(meta['choices'])}"
+            f"{name}: {value!r} is not one of {', '.join(filter(None, meta['choices']))}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
     for item in value if isinstance(value, tuple) else (value,):

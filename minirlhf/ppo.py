@@ -4,7 +4,7 @@ Read `ppo_iteration` from top to bottom: rewards, advantages, epochs × minibatc
 loss is a sum over real tokens divided once, by the count of the optimizer step, so that microbatches change nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from minirlhf.rng import generator
 from minirlhf.rollout import Rollout, policy_stats, state_values
 
 Plan = list[list[Tensor]]  # one epoch: minibatches, each cut into microbatches of row indices
+Watch = Callable[[Tensor, Tensor, Tensor], None]  # (b,), (b, R), (b, R)
 
 
 def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing else)
@@ -39,41 +40,50 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     temperature: float,  # τ of the sampler
     max_grad_norm: float,
     impl: str = "auto",
+    watch: Watch | None = None,  # the ledger's eye: called with the rows, log-probs and values of every microbatch
 ) -> dict[str, float]:
     """Improve policy and value model on one rollout; returns the metrics of the iteration."""
-    o, mask = options, rollout.response_mask
+    o = options
+    assert rollout.score_at == o.score_at, (rollout.score_at, o.score_at)
+    actions, states = rollout.action_mask, rollout.value_mask  # (B, R) each, equal unless the score lands elsewhere
     rewards = shape_rewards(
-        scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef=kl_coef, kl=o.kl, score_at=o.score_at
+        scores, rollout.old_logprobs, rollout.ref_logprobs, actions, kl_coef=kl_coef, kl=o.kl, score_at=o.score_at
     )  # (B, R)
-    used = whiten(rewards, mask, center=False) if o.whiten_rewards else rewards
-    advantages, returns = gae(used, rollout.values, mask, gamma=o.gamma, lam=o.gae_lambda)  # (B, R) each
-    if o.whiten_advantages:
-        advantages = whiten(advantages, mask)
+    advantages, returns = estimate(rewards, rollout.values, actions, states, o)  # (B, R) each
+    fitted = states if o.value_at_end else actions  # (B, R) where the value is trained
 
     want = ("logprobs", "entropy") if o.entropy_coef else ("logprobs",)
     steps: list[TokenSums] = []
     for minibatches in plans:
         for microbatches in minibatches:
             steps.append(TokenSums())
-            n = dist.all_sum(mask[torch.cat(microbatches)].sum())  # real tokens of this optimizer step
+            rows = torch.cat(microbatches)
+            n, n_fitted = (dist.all_sum(x[rows].sum()) for x in (actions, fitted))  # real tokens of this optimizer step
+            if o.whiten_over == "minibatch":
+                advantages[rows], returns[rows] = estimate(
+                    rewards[rows], rollout.values[rows], actions[rows], states[rows], o
+                )
             for index in microbatches:
                 part = rollout.rows(index)
-                m, R = part.response_mask, part.responses.shape[1]
-                A, old = advantages[index, :R], part.old_logprobs
+                R = part.responses.shape[1]
+                m, f, A, old = actions[index, :R], fitted[index, :R], advantages[index, :R], part.old_logprobs
                 stats = policy_stats(policy, part, temperature=temperature, want=want, impl=impl)
                 logprobs = stats["logprobs"]
                 values = state_values(value_model, part)
                 pg = policy_loss(logprobs, old, A, clip_range=o.clip_range)  # (b, R)
                 vf = value_loss(values, part.values, returns[index, :R], clip_range=o.value_clip_range or None)
-                loss = pg + o.value_coef * vf
-                if o.entropy_coef:
-                    loss = loss - o.entropy_coef * stats["entropy"]
-                (masked_sum(loss, m) / n).backward()
+                bonus = o.entropy_coef * stats["entropy"] if o.entropy_coef else 0.0
+                if o.loss_mean == "microbatch":  # the mean of means: tokens weigh more where they are few
+                    n, n_fitted = (x.sum() * len(microbatches) * dist.world_size() for x in (m, f))
+                (masked_sum(pg - bonus, m) / n + o.value_coef * masked_sum(vf, f) / n_fitted).backward()
                 ratio = (logprobs - old).exp()
                 steps[-1].add(
-                    m, policy=pg, value=vf, ratio=ratio, gap=(ratio - 1).abs(), kl=kl_estimate(old, logprobs, "k3"),
+                    m, policy=pg, ratio=ratio, gap=(ratio - 1).abs(), kl=kl_estimate(old, logprobs, "k3"),
                     clipped=is_clipped(logprobs, old, A, clip_range=o.clip_range),
                 )  # fmt: skip
+                steps[-1].add(f, value=vf)
+                if watch:
+                    watch(index, logprobs.detach(), values.detach())
             optimizer_step(optimizer, (policy, value_model), max_grad_norm)
         if o.stop_kl and mean_of(steps[-len(minibatches) :], "kl") > o.stop_kl:
             break
@@ -82,9 +92,24 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
         **{metric: mean_of(steps, name) for metric, name in UPDATE_METRICS.items()},
         "val/first_ratio_gap": mean_of(steps[:1], "gap"),  # 0, or sampling and training disagree
         "policy/epochs": len(steps) // len(plans[0]),
-        "value/explained_var": float(explained_variance(rollout.values, returns, mask)),
-        "objective/rlhf_reward": float(masked_sum(rewards, mask)) / len(rollout),
+        "value/explained_var": float(explained_variance(rollout.values, returns, actions)),
+        "objective/rlhf_reward": float(masked_sum(rewards, states)) / len(rollout),
     }
+
+
+def estimate(
+    rewards: Tensor,  # (B, R)
+    values: Tensor,  # (B, R) of the rollout
+    actions: Tensor,  # (B, R) bool
+    states: Tensor,  # (B, R) bool, the actions' and perhaps the one after the last
+    options: PPOSection,
+) -> tuple[Tensor, Tensor]:  # advantages, returns: (B, R) each
+    """GAE, with what is whitened before and after it; the returns are those of before."""
+    o = options
+    if o.whiten_rewards:
+        rewards = whiten(rewards, states, center=False, ddof=o.whiten_ddof)
+    advantages, returns = gae(rewards, values, states, gamma=o.gamma, lam=o.gae_lambda)
+    return (whiten(advantages, actions, ddof=o.whiten_ddof) if o.whiten_advantages else advantages), returns
 
 
 UPDATE_METRICS = {
@@ -100,20 +125,23 @@ class TokenSums:
     """Sums over real tokens of per-token statistics, and their count; no host sync until a mean is asked for."""
 
     def __init__(self) -> None:
-        self.count: Tensor | int = 0
-        self.sums: dict[str, Tensor | int] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
 
     def add(self, mask: Tensor, **stats: Tensor) -> None:  # (b, R) each
         """Add the True entries."""
-        self.count = self.count + mask.sum()
+        n = mask.sum()
         for name, x in stats.items():
-            self.sums[name] = self.sums.get(name, 0) + masked_sum(x.detach(), mask)
+            total = masked_sum(x.detach(), mask)
+            self.counts[name] = self.counts[name] + n if name in self.counts else n
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
 
 
 def mean_of(parts: Sequence[TokenSums], name: str) -> float:
     """Sum over everything divided by the count of everything, over all ranks."""
-    total = torch.stack([torch.as_tensor(p.sums[name], dtype=torch.float64) for p in parts]).sum()
-    return float(dist.all_sum(total) / dist.all_sum(torch.as_tensor(sum(p.count for p in parts))))
+    total = torch.stack([p.sums[name].double() for p in parts]).sum()
+    count = torch.stack([p.counts[name] for p in parts]).sum()
+    return float(dist.all_sum(total) / dist.all_sum(count))
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, models: Sequence[nn.Module], max_grad_norm: float) -> None:
@@ -156,7 +184,7 @@ def score_answers(
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """What the rollout alone says, before any update; per episode unless the name says per token."""
-    mask, lengths = rollout.response_mask, rollout.lengths.double()
+    mask, lengths = rollout.action_mask, rollout.lengths.double()
     old, ref = rollout.old_logprobs.double(), rollout.ref_logprobs.double()
     mismatch = torch.where(mask, (old - rollout.sampler_logprobs).abs(), 0.0)
     return {

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from minirlhf import stage
+from minirlhf.adapt import sft_model
 from minirlhf.config import SFTConfig
 from minirlhf.data import by_length, collate, encode_sft, step_rows
 from minirlhf.evaluate import sft_loss, sft_targets
@@ -31,7 +32,7 @@ def main(config: SFTConfig, run: Run) -> None:
         loaded = stage.load(c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py")
     else:
         loaded = stage.make(c, [r.prompt + r.response for r in records])
-    model, tokenizer, template, _ = loaded
+    model, tokenizer, template = sft_model(loaded.model, c), loaded.tokenizer, loaded.template
     max_length = c.data.max_length or model.config.max_seq_len
     examples, counts = encode_sft(records, tokenizer, template, max_length)
     stage.report_counts("data", counts, len(records))

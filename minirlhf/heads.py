@@ -83,6 +83,27 @@ class ValueModel(ScalarModel):
         return self.score(self.trunk(input_ids, attention_mask, cache=cache))[..., 0]
 
 
+class SharedValueModel(ValueModel):
+    """A value head on the trunk of the policy, which stays the policy's: of this model only `score` is a parameter."""
+
+    def __init__(self, policy: CausalLM) -> None:
+        nn.Module.__init__(self)
+        self._policy = (policy,)  # in a tuple, lest it become a submodule
+        self.config = policy.config
+        self.score = Head(self.config.d_model, 1).to(policy.trunk.embed.weight.device)
+        nn.init.zeros_(self.score.weight)
+
+    @property
+    def policy(self) -> CausalLM:
+        """The language model whose trunk is read."""
+        return self._policy[0]
+
+    @property
+    def trunk(self) -> Trunk:  # type: ignore[override]
+        """The policy's."""
+        return self.policy.trunk
+
+
 def last_true(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:  # (B, T) → (B,) int64
     """Index of the last real token; 0 in a row without any."""
     B, T = input_ids.shape

@@ -171,9 +171,15 @@ def add_adapter(model: Model, name: str, config: LoRAConfig, *, rng: torch.Gener
     _attach(model, name, Adapter(config, layers))
 
 
-def copy_adapter(model: Model, source: str, target: str) -> None:
-    """An adapter's double, with tensors of its own: the reference of a policy that goes on training."""
-    _attach(model, target, copy.deepcopy(get_adapter(model, source)))
+def copy_adapter(model: Model, source: str, target: str, *, to: Model | None = None) -> None:
+    """An adapter's double, with tensors of its own: the reference of a policy that goes on training.
+
+    `to`: another model of the same architecture, a language model's adapter for a value model, say. It keeps its own
+    score head where the adapter has none.
+    """
+    adapter, to = get_adapter(model, source), model if to is None else to
+    layers = _own_score(to) | copy.deepcopy(adapter.by_path())
+    _attach(to, target, Adapter(adapter.config, layers, adapter.base))
 
 
 def remove_adapter(model: Model, name: str) -> None:
@@ -262,7 +268,7 @@ def _attach(model: Model, name: str, adapter: Adapter) -> None:
         raise UsageError(f"adapter name {name!r} cannot be used; choose a plain word such as 'policy'")
     if not hasattr(model, "adapters"):
         model.adapters = nn.ModuleDict()
-    model.adapters[name] = adapter.train(model.training)
+    model.adapters[name] = adapter.train(model.training).requires_grad_(True)
     for path in adapter.by_path():
         module = model.get_submodule(path)
         if "adapter" not in vars(module):
@@ -316,7 +322,8 @@ def load_adapter(model: Model, path: str | Path, name: str) -> None:
         layers[where].to_empty(device=model.get_submodule(where).weight.device)
     tensors = stored(model, adapter)
     for key in shapes:
-        file.read(key, tensors[key].data)
+        if not tensors[key].is_meta:
+            file.read(key, tensors[key].data)
     _attach(model, name, adapter)
 
 

@@ -73,6 +73,11 @@ def load_value_model(
     return _load(ValueModel, Path(path), dtype, device)
 
 
+def holds_score(path: Path_) -> bool:
+    """Whether a folder holds a reward or value model, by the names of its tensors."""
+    return SCORE in _stored(Path(path), read_config(path))
+
+
 def read_config(path: Path_) -> ModelConfig:
     """The architecture of a folder, its token ids checked against its tokenizer.json."""
     return _read_config(Path(path))[1]
@@ -102,6 +107,8 @@ def _load(kind: type[Model], folder: Path, dtype: torch.dtype, device: torch.dev
     with torch.device("meta"):
         model = kind(config).to(dtype)
     sources = _sources(_theirs(model), stored, config, where, packed=raw["model_type"] == "baichuan")
+    if torch.device(device).type == "meta":
+        return model.eval()
     for name, child in model.named_children():
         if not (name == "head" and config.tied):
             child.to_empty(device=device)

@@ -5,7 +5,6 @@ what its scores look like. Stages whose templates or tokenizers differ are refus
 """
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +13,26 @@ from typing import Any, NamedTuple
 import torch
 
 from minirlhf import review_world
+from minirlhf.adapt import (
+    LOADED,
+    META,
+    adapted,
+    base_folder,
+    open_model,
+    read_meta,
+    uses_lora,
+    value_model,
+    write_model,
+)
 from minirlhf.data import decode, encode_prompts, left_padded
 from minirlhf.errors import CheckpointError, DataError, UsageError
 from minirlhf.evaluate import Gold, TextScore, score_texts
 from minirlhf.formats import read_records
 from minirlhf.generate import generate
-from minirlhf.heads import ScalarModel, ValueModel
+from minirlhf.heads import ScalarModel
+from minirlhf.lora import adapter_view, adapters
 from minirlhf.model import CausalLM, ModelConfig
-from minirlhf.pretrained import load_causal_lm, load_reward_model, save_pretrained
+from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.reward import load_reward_fn
 from minirlhf.rng import generator
 from minirlhf.rollout import Roles, Rollout, reward_model_score
@@ -29,7 +40,6 @@ from minirlhf.run import Run, write_json
 from minirlhf.templates import Template, get_template
 from minirlhf.tokenizer import Tokenizer
 
-META = "minirlhf.json"
 DEFAULT_REWARD = "runs/rm/final"
 VALIDATION = 512  # records that the built-in task adds for validation
 
@@ -46,33 +56,31 @@ class Loaded(NamedTuple):
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def load(path: str, loader: Callable[..., Any], config: Any, *, key: str, made_by: str) -> Loaded:
-    """A model folder; `key` is the setting that names it and `made_by` the script that makes one."""
+def load(
+    path: str, loader: Callable[..., Any], config: Any, *, key: str, made_by: str, beside: CausalLM | None = None
+) -> Loaded:
+    """A model or adapter folder; `key` is the setting that names it and `made_by` the script that makes one.
+
+    An adapter folder without a tokenizer or `minirlhf.json` has those of its base.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{key} {path}: no such folder; run {made_by} first, or give --{key} FOLDER")
-    tokenizer, meta = Tokenizer.load(folder), read_meta(folder)
+    base = base_folder(folder) or folder
+    tokenizer = Tokenizer.load(folder if (folder / "tokenizer.json").exists() else base)
+    meta = read_meta(folder) or read_meta(base)
     template = get_template(config.data.template or meta.get("template", "plain"))
     if meta.get("template_sha256", template.sha256) != template.sha256:
         raise UsageError(
             f"data.template {template.name}: {path} was trained under {meta.get('template')}, and every stage must "
             f"use the same; leave data.template empty to take the model's own"
         )
-    model = loader(folder, device=config.run.device)
+    model = open_model(folder, loader, config.run.device, beside=beside)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"{path}: {tokenizer.vocab_size} tokens in tokenizer.json, but the embedding has {model.config.vocab_size}"
+        )
     return Loaded(model, tokenizer, template, meta)
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """What `save` wrote beside the weights; empty where there is nothing."""
-    path = folder / META
-    if not path.is_file():
-        return {}
-    try:
-        meta = json.loads(path.read_text())
-        assert isinstance(meta, dict)
-        return meta
-    except (OSError, ValueError, RecursionError, AssertionError) as e:
-        raise CheckpointError(f"{path}: unreadable ({e}); delete it to use the folder without it") from e
 
 
 def make(config: Any, texts: Sequence[str]) -> Loaded:
@@ -95,15 +103,17 @@ def make(config: Any, texts: Sequence[str]) -> Loaded:
 
 
 def save(folder: Path, model: CausalLM | ScalarModel, tokenizer: Tokenizer, template: Template, **meta: Any) -> None:
-    """A Hugging Face folder with `minirlhf.json`."""
-    save_pretrained(model, folder, tokenizer=tokenizer)
-    write_json(folder / META, {"template": template.name, "template_sha256": template.sha256, **meta})
+    """A Hugging Face folder, or the PEFT folder of what was trained of it, with `minirlhf.json`."""
+    found = write_model(folder, model, tokenizer)
+    write_json(folder / META, {"template": template.name, "template_sha256": template.sha256, **meta, **found})
 
 
 def save_ppo(folder: Path, policy: Loaded, roles: Roles) -> None:
     """The policy, and beside it the value model, so that PPO can go on from here."""
     save(folder, policy.model, policy.tokenizer, policy.template)
-    save_pretrained(roles.value_model, folder / "value_model")
+    found = write_model(folder / "value_model", roles.value_model)
+    if found:
+        write_json(folder / "value_model" / META, found)
 
 
 def require_same_text(policy: Loaded, reward: Loaded, path: str) -> None:
@@ -118,32 +128,32 @@ def require_same_text(policy: Loaded, reward: Loaded, path: str) -> None:
 
 
 def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
-    """Policy, frozen reference, value model and reward, each on its own weights; the policy with its tokenizer; and the
-    reward as a function of texts, for the probe."""
+    """Policy, frozen reference, value model and reward, each on its own weights or as adapters on one base; the policy
+    with its tokenizer; and the reward as a function of texts, for the probe."""
     c = config
-    made_by = "train_sft.py"
-    policy = load(c.model.path, load_causal_lm, c, key="model.path", made_by=made_by)
+    loaded = load(c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py")
+    if uses_lora(loaded.model, c):
+        policy = adapted(loaded.model, c, loaded.model)
+        ref_policy = adapter_view(loaded.model, LOADED if LOADED in adapters(loaded.model) else None)
+    else:
+        policy, ref_policy = loaded.model, copy.deepcopy(loaded.model)
+    ref_policy.requires_grad_(False)
+    reward_model = None
     if c.reward.fn:
         function = load_reward_fn(c.reward.fn)
-        score, reward_model = function_score(function, policy.tokenizer), None
+        score = function_score(function, loaded.tokenizer)
         of_texts: TextScore = function
     else:
-        path = c.reward.path or DEFAULT_REWARD
-        reward = load(path, load_reward_model, c, key="reward.path", made_by="train_rm.py")
-        require_same_text(policy, reward, path)
+        path, beside = c.reward.path or DEFAULT_REWARD, policy if policy is not loaded.model else None
+        reward = load(path, load_reward_model, c, key="reward.path", made_by="train_rm.py", beside=beside)
+        require_same_text(loaded, reward, path)
         reward_model = reward.model.requires_grad_(False).eval()
         score = reward_model_score(reward_model)
         of_texts = partial(score_texts, *reward[:3], device=c.run.device)
-    start = {"auto": "reward_trunk" if reward_model else "policy"}.get(c.ppo.value_init, c.ppo.value_init)
-    if start == "policy" or reward_model is None:
-        value_model = ValueModel.from_trunk(policy.model.trunk)
-    else:
-        value_model = ValueModel.from_reward_model(reward_model, zero_head=start == "reward_trunk")
-    value_model.requires_grad_(True)
-    ref_policy = copy.deepcopy(policy.model).requires_grad_(False)
-    for model in (policy.model, ref_policy, value_model):
+    critic = value_model(policy, reward_model, c)
+    for model in (policy, ref_policy, critic):
         model.eval()  # no dropout: old and new log-probs must agree
-    return Roles(policy.model, ref_policy, value_model, score), policy, of_texts
+    return Roles(policy, ref_policy, critic, score), loaded._replace(model=policy), of_texts
 
 
 def function_score(function: TextScore, tokenizer: Tokenizer) -> Callable[[Rollout], torch.Tensor]:

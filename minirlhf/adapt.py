@@ -1,0 +1,266 @@
+"""What a stage trains: every weight of its model, or an adapter on a frozen base (Hu et al. 2021, arXiv 2106.09685).
+
+An adapter folder stands for a model: the base that it names, under its adapter. A stage that starts from one trains a
+copy of that adapter, so that all stages share one base and write adapters alone. Every role is a view: modules of its
+own over the same tensors. What goes wrong: another base under the same name gives other answers in silence; therefore
+`minirlhf.json` holds a fingerprint of the base.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minirlhf.errors import CheckpointError, UsageError
+from minirlhf.heads import RewardModel, ScalarModel, SharedValueModel, ValueModel
+from minirlhf.lora import (
+    adapter_view,
+    adapters,
+    add_adapter,
+    copy_adapter,
+    fill,
+    get_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
+from minirlhf.lora_config import FILE, LoRAConfig, read_adapter
+from minirlhf.model import Attention, Block, CausalLM
+from minirlhf.pretrained import holds_score, load_causal_lm, load_reward_model, load_value_model, save_pretrained
+from minirlhf.rng import generator
+
+META = "minirlhf.json"
+LOADED, TRAINED = "loaded", "trained"  # the adapter of a folder, and the one that a stage trains
+PLAIN = re.compile(r"[\w.-]+")  # a module's name, not a regular expression
+SAMPLE = 1024  # numbers of each tensor in a fingerprint
+KINDS: dict[Callable[..., Any], type[ScalarModel]] = {load_reward_model: RewardModel, load_value_model: ValueModel}
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def base_folder(folder: Path) -> Path | None:
+    """The base of an adapter folder, named from the working directory or from the adapter; None: a model by itself."""
+    file = folder / FILE
+    if not os.path.lexists(file):
+        return None
+    name = read_adapter(folder).base
+    if not name:
+        raise CheckpointError(f"{file}: names no base; put the folder of its model into base_model_name_or_path")
+    for place in (name, os.path.join(folder, name)):
+        if os.path.isdir(place):
+            if os.path.lexists(os.path.join(place, FILE)):
+                raise CheckpointError(f"{file}: its base {name} is an adapter itself; merge that one first")
+            return Path(os.path.abspath(place))
+    raise CheckpointError(
+        f"{file}: its base {name!r} is no folder here; download the model and name its folder in "
+        f"base_model_name_or_path"
+    )
+
+
+def open_model(
+    folder: Path,
+    loader: Callable[..., Any],  # load_causal_lm | load_reward_model | load_value_model
+    device: str,
+    *,
+    beside: CausalLM | None = None,  # a view from `adapted`; an adapter on the same base takes that base's tensors
+) -> Any:
+    """The model of a folder; of an adapter folder the view of its base under the adapter LOADED."""
+    base = base_folder(folder)
+    if base is None:
+        return loader(folder, device=device)
+    meta = read_meta(folder)
+    if loader is load_causal_lm:
+        model = loader(base, device=device)
+    else:
+        model = _under_a_head(folder, base, KINDS[loader], device, meta, beside)
+    if not _is_meta(model) and meta.get("base_sha256") not in (None, fingerprint(model)):
+        raise CheckpointError(f"{folder}: its base {base} is not the model that it was trained on; bring that one back")
+    load_adapter(model, folder, LOADED)
+    get_adapter(model, LOADED).base = str(base)
+    return adapter_view(model, LOADED)
+
+
+def _under_a_head(
+    folder: Path, base: Path, kind: type[ScalarModel], device: str, meta: dict[str, Any], beside: CausalLM | None
+) -> ScalarModel:
+    """The base of a reward or value adapter, with a head that the adapter's own will replace."""
+    if (kind is ValueModel) != (meta.get("head") == "value"):
+        is_a, wanted = ("reward", "value") if kind is ValueModel else ("value", "reward")
+        raise CheckpointError(f"{folder}: adapter of a {is_a} model, and a {wanted} model is needed")
+    if holds_score(base):
+        return (load_reward_model if kind is RewardModel else load_value_model)(base, device=device)
+    if not read_adapter(folder).has_score:
+        raise CheckpointError(f"{folder}: adapter of a language model, without the score head of a reward model")
+    if beside is not None and os.path.samefile(str(get_adapter(beside, TRAINED).base), base):
+        return kind(beside.trunk, rng=generator(0, "head"))
+    return kind(load_causal_lm(base, device=device).trunk, rng=generator(0, "head"))
+
+
+def write_model(folder: Path, model: CausalLM | ScalarModel, tokenizer: Any = None) -> dict[str, Any]:
+    """A Hugging Face folder, or of a view the PEFT folder of its adapter; returns what `minirlhf.json` should say."""
+    if isinstance(model, SharedValueModel) and list(adapters(model.policy)):
+        model = _own_adapter(model)
+    names = list(adapters(model))
+    if not names:
+        save_pretrained(model, folder, tokenizer=tokenizer)
+        return {}
+    save_adapter(model, names[0], folder)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    return {"base_sha256": fingerprint(model)} | ({"head": "value"} if isinstance(model, ValueModel) else {})
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a stage wrote beside the weights; empty where there is nothing."""
+    path = folder / META
+    if not path.is_file():
+        return {}
+    try:
+        meta = json.loads(path.read_text())
+        assert isinstance(meta, dict)
+        return meta
+    except (OSError, ValueError, RecursionError, AssertionError) as e:
+        raise CheckpointError(f"{path}: unreadable ({e}); delete it to use the folder without it") from e
+
+
+def fingerprint(model: CausalLM | ScalarModel) -> str:
+    """sha256 over numbers taken evenly from every tensor of the trunk, as the base holds them."""
+    digest = hashlib.sha256()
+    for name, p in model.trunk.named_parameters():
+        flat = p.detach().flatten()  # (n,)
+        some = flat[:: max(1, len(flat) // SAMPLE)].float().cpu()
+        digest.update(f"{name} {tuple(p.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return next(model.parameters()).is_meta
+
+
+# ---- what is trained ------------------------------------------------------------------------------------------------
+
+
+def uses_lora(model: CausalLM, config: Any) -> bool:
+    """Whether a stage that starts from this model trains an adapter: it is asked to, or the model is one already."""
+    return bool(config.lora.r) or LOADED in adapters(model)
+
+
+def adapted(model: CausalLM, config: Any, owner: Any) -> Any:
+    """The view of `owner`, which is the model or stands on its trunk, under the new adapter TRAINED.
+
+    It starts as a copy of the model's adapter; where there is none, as one that changes nothing.
+    """
+    lora = config.lora
+    if LOADED in adapters(model):
+        rank = get_adapter(model, LOADED).config.r
+        if lora.r not in (0, rank):
+            raise UsageError(
+                f"lora.r {lora.r}: {config.model.path} is an adapter of rank {rank}, which this stage goes on "
+                f"training; leave lora.r out"
+            )
+        copy_adapter(model, LOADED, TRAINED, to=owner)
+    else:
+        single = lora.targets[0] if len(lora.targets) == 1 and not PLAIN.fullmatch(lora.targets[0]) else None
+        what = LoRAConfig(lora.r, lora.alpha, lora.dropout, single or lora.targets, lora.rslora)
+        add_adapter(owner, TRAINED, what, rng=generator(config.run.seed, "lora"))
+        get_adapter(owner, TRAINED).base = os.path.abspath(config.model.path)
+    adapter = get_adapter(owner, TRAINED)
+    adapter.config = replace(adapter.config, dropout=lora.dropout)
+    for layer in adapter.by_path().values():
+        layer.dropout = lora.dropout
+    return adapter_view(owner, TRAINED)
+
+
+def sft_model(model: CausalLM, config: Any) -> CausalLM:
+    """The model that SFT trains, under its dropout."""
+    set_dropout(model, config.model.dropout)
+    return adapted(model, config, model) if uses_lora(model, config) else model
+
+
+def reward_model(policy: CausalLM, config: Any) -> RewardModel:
+    """The policy's trunk under a new head, under the dropout of the reward model."""
+    rng = generator(config.run.seed, "head")
+    if not uses_lora(policy, config):
+        model = RewardModel.from_causal_lm(policy, rng=rng)
+    else:
+        model = adapted(policy, config, RewardModel(policy.trunk, rng=rng))
+    set_dropout(model, config.model.dropout)
+    return model
+
+
+def set_dropout(model: CausalLM | ScalarModel, p: float) -> None:
+    """Dropout p in every place of the model that has one, whatever its folder says."""
+    model.config = model.trunk.config = replace(model.config, dropout=p, embed_dropout=p, attn_dropout=p)
+    for module in model.trunk.modules():
+        if isinstance(module, Attention | Block):
+            module.dropout = p
+
+
+# ---- the critic -----------------------------------------------------------------------------------------------------
+
+
+def value_model(policy: CausalLM, reward: RewardModel | None, config: Any) -> ValueModel:
+    """The critic of PPO: of its own (`separate`), a head on the policy's trunk (`shared`), or an adapter (`lora`)."""
+    lora, start = LOADED in adapters(policy) or TRAINED in adapters(policy), config.ppo.value_init
+    kind = {"auto": "lora" if lora else "separate"}.get(config.ppo.critic, config.ppo.critic)
+    if kind == "shared":
+        return SharedValueModel(policy)
+    if kind == "lora" and not lora:
+        raise UsageError("ppo.critic lora: the policy has no frozen base; set lora.r, or choose separate or shared")
+    near = reward is not None and (kind == "separate" or shares_base(reward, policy))
+    start = {"auto": "reward_trunk" if near else "policy"}.get(start, start)
+    if start != "policy" and not near:
+        raise UsageError(
+            f"ppo.value_init {start}: the reward model is no adapter on the policy's base; choose policy, or "
+            f"--ppo.critic separate"
+        )
+    source: Any = policy if start == "policy" else reward
+    if kind == "separate":
+        return _separate(source, zero_head=start != "reward_model")
+    value = ValueModel(policy.trunk, rng=generator(0, "head"))
+    copy_adapter(source, next(iter(adapters(source))), TRAINED, to=value)
+    if start != "reward_model":
+        nn.init.zeros_(_score(value).weight)
+    return adapter_view(value, TRAINED)
+
+
+def shares_base(model: ScalarModel, policy: CausalLM) -> bool:
+    """Whether two models hold the same tensors."""
+    return model.trunk.embed.weight is policy.trunk.embed.weight
+
+
+def _separate(source: Any, *, zero_head: bool) -> ValueModel:
+    """A value model with weights of its own; what an adapter added is in them."""
+    source = copy.deepcopy(source)
+    fill(source, {})
+    for name in list(adapters(source)):
+        merge_adapter(source, name)
+    value = ValueModel(source.trunk, rng=generator(0, "head"))
+    if zero_head:
+        nn.init.zeros_(value.score.weight)
+    else:
+        value.score.load_state_dict(source.score.state_dict())
+    return value.requires_grad_(True)
+
+
+def _own_adapter(model: SharedValueModel) -> ValueModel:
+    """The policy's adapter with the head on top, as an adapter of its own."""
+    value = ValueModel(model.trunk, rng=generator(0, "head"))
+    copy_adapter(model.policy, TRAINED, TRAINED, to=value)
+    with torch.no_grad():
+        _score(value).weight.copy_(model.score.weight)
+    return adapter_view(value, TRAINED)
+
+
+def _score(model: ValueModel) -> nn.Linear:
+    """The head that an adapter of the value model trains."""
+    return get_adapter(model, TRAINED).by_path()["score"].module  # type: ignore[return-value]

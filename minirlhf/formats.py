@@ -125,7 +125,7 @@ def read_records(
                 if len(summary.dropped) >= most:
                     break
                 continue
-            summary.kept += 1
+            summary.kept += bool(made)
             summary.notes += notes
             records += made
     if not summary.read:
@@ -143,7 +143,7 @@ def _records(read: Reader, row: Row | Bad, line: int) -> tuple[list[Record], Not
         raise row
     notes: Notes = Counter()
     made = list(read(row, notes))
-    if not made:
+    if not made and not notes["no_preference"]:
         raise Bad("empty_response", remark="no answer")
     for record in made:
         record.line = line

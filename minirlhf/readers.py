@@ -234,10 +234,15 @@ def _from_messages(row: Row) -> tuple[str, list[str]]:
 
 
 def native_ranking(row: Row, notes: Notes) -> Iterator[Record]:
-    """prompt, responses, and one rank per response."""
+    """prompt, responses, and one rank per response; what the labeling page (its rows have an `annotator`) noted as
+    skipped or all tied prefers nothing and is left out, counted."""
     responses = _list(row, "responses")
     texts = [_text({f"responses[{i}]": text}, f"responses[{i}]") for i, text in enumerate(responses)]
-    yield _ranking(_prompt(row, "prompt"), texts, _list(row, "ranks"))
+    prompt, ranks = _prompt(row, "prompt"), _list(row, "ranks")
+    if "annotator" in row and len(ranks) == len(texts) and len({str(rank) for rank in ranks if rank}) < 2:
+        notes["no_preference"] += 1
+    else:
+        yield _ranking(prompt, texts, ranks)
 
 
 def ultrafeedback_raw(row: Row, notes: Notes) -> Iterator[Record]:

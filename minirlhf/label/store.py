@@ -166,7 +166,7 @@ class Rankings:
             last = self.latest.get(item.id)
             if last and last["ranks"] == ranks and last["flags"] == list(flags):
                 return last["rev"]
-            line = {
+            line: Line = {
                 "schema": 1,
                 "task": item.id,
                 "prompt": item.task.prompt,

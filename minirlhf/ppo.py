@@ -164,6 +164,13 @@ def epoch_plans(lengths: Tensor, options: PPOSection, seed: int, iteration: int)
     return plans
 
 
+def score_moments(scores: Tensor, kind: str) -> dict[str, float]:  # (B,) of the first rollout
+    """μ₀ and σ₀ of `score_answers`: "first" standardises, "mean" only centres, "none" leaves scores as they are."""
+    x = scores.double()
+    shift = float(x.mean()) if kind != "none" else 0.0
+    return {"shift": shift, "scale": max(float(x.std(correction=0)), 1e-8) if kind == "first" else 1.0}
+
+
 def score_answers(
     scores: Tensor,  # (B,) as the reward model gave them
     has_eos: Tensor,  # (B,) bool

@@ -1,7 +1,7 @@
-"""Data parallelism over W ranks: first the plain version, then fully sharded (ZeRO-3), put on a finished model.
+"""Fully sharded data parallelism by hand, put on a finished model (ZeRO-3, Rajbhandari et al. 2019, arXiv 1910.02054).
 
-Plain (`Replicated`): every rank holds everything, 16 bytes per parameter, and the ranks add their gradients. Sharded
-(Rajbhandari et al. 2019, arXiv 1910.02054, section 5): a rank holds 1/W of weights, gradients and moments.
+Each of W ranks holds 1/W of weights, gradients and moments. The plain version, in which every rank holds everything, is
+`engine.Replicated`; both have the same interface.
 
 A *unit* is one block of the transformer; what is in no block is the root unit. A *group* is the parameters of a unit
 that train alike and compute in one dtype, laid end to end and cut into W equal shards. A block is gathered right before
@@ -15,10 +15,11 @@ run the same forwards and backwards in the same order, or they wait for each oth
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,45 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from minirlhf import dist
 
 Pick = Callable[[nn.Parameter], Tensor | None]  # a parameter as the optimizer sees it → itself, or its moment
+DONE: Any = SimpleNamespace(wait=lambda: None)  # of a collective with oneself
 Places = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # where a model keeps each parameter; several when tied
-
-
-# ---- plain data parallelism -----------------------------------------------------------------------------------------
-
-
-class Replicated:
-    """Where memory is no matter, this is all: the same weights everywhere, gradients added."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def clip(self, max_norm: float) -> Tensor:  # () the norm before
-        """Add gradients over ranks, then scale them to a joint 2-norm of at most max_norm.
-
-        A loss is a sum over this rank's rows divided by the count of all rows, so the sum of the ranks' gradients is
-        the gradient. It costs 2·4·P·(W-1)/W bytes per rank. A parameter that no rank used has gradient 0.
-        """
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        for p in trained:
-            p.grad = dist.all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
-        return nn.utils.clip_grad_norm_(trained, max_norm)
-
-    def gathered(self) -> nullcontext:
-        """The weights are whole at any time."""
-        return nullcontext()
-
-    def full(self, pick: Pick) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole tensor of all that `pick` chooses."""
-        return ((name, x) for name, p in self.model.named_parameters() if (x := pick(p)) is not None)
-
-    def put(self, pick: Pick, tensors: Mapping[str, Tensor]) -> None:
-        """The way back: whole tensors, by name, into what `pick` chooses."""
-        for name, p in self.model.named_parameters():
-            if name in tensors and (x := pick(p)) is not None:
-                x.copy_(tensors[name])
-
-
-# ---- fully sharded: what a rank holds -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -81,12 +45,6 @@ class Traffic:
     reduced_bytes: int = 0
     live: int = 0  # gathered elements now
     peak: int = 0
-    idle: "Unit | None" = None  # the root of the model that ran last without gradients; the next model frees it
-
-    def hold(self, elements: int) -> None:
-        """Count a gathered unit."""
-        self.live += elements
-        self.peak = max(self.peak, self.live)
 
 
 class Group:
@@ -108,10 +66,8 @@ class Group:
         self.firsts = [max(low - x, 0) for x in starts]  # the element of each parameter where its part begins
         flat = torch.cat([p.detach().flatten() for p in parameters] + [parameters[0].new_zeros(self.sizes[-1])])
         self.shard = flat[low : low + self.n].clone()  # (n,)
-        self.parts = [
-            nn.Parameter(x[None] if p.ndim >= 2 else x, requires_grad=self.trains)
-            for p, x in zip(parameters, self.split(self.shard), strict=True)
-        ]
+        cut = zip(parameters, self.split(self.shard), strict=True)
+        self.parts = [nn.Parameter(x[None] if p.ndim >= 2 else x, requires_grad=self.trains) for p, x in cut]
         self.grad = torch.empty(0)  # (n,) the storage of the parts' gradients
 
     def split(self, shard: Tensor) -> list[Tensor]:  # (n,) → (k,) of each parameter
@@ -122,20 +78,20 @@ class Group:
         """Made by one `split`, whose backward is one `cat`."""
         return [x.view(shape) for x, shape in zip(flat.split(self.sizes), self.shapes, strict=False)]
 
-    def gather(self, shard: Tensor) -> tuple[Tensor, td.Work | None]:  # (n,) of every rank → (W·n,)
+    def gather(self, shard: Tensor) -> tuple[Tensor, Any]:  # (n,) of every rank → (W·n,)
         """Start an all-gather."""
         if self.W == 1:
-            return shard.detach(), None
+            return shard.detach(), DONE
         flat = shard.new_empty(self.W * self.n)
         self.traffic.gathers += 1
         self.traffic.gathered_bytes += (self.W - 1) * shard.nbytes
         return flat, td.all_gather_single(flat, shard, async_op=True)
 
-    def reduce(self, grad: Tensor) -> tuple[Tensor, td.Work | None]:  # (W·n,) → (n,) of the sum over ranks
+    def reduce(self, grad: Tensor) -> tuple[Tensor, Any]:  # (W·n,) → (n,) of the sum over ranks
         """Start a reduce-scatter, in the dtype of the master weights."""
         grad = grad.to(self.shard.dtype)
         if self.W == 1:
-            return grad, None
+            return grad, DONE
         mine = grad.new_empty(self.n)
         self.traffic.reductions += 1
         self.traffic.reduced_bytes += (self.W - 1) * mine.nbytes
@@ -151,9 +107,6 @@ class Group:
             part.grad = x.view_as(part)
 
 
-# ---- how a block runs -----------------------------------------------------------------------------------------------
-
-
 class Unit:
     """One block, or the root: its groups, and how it gets hold of them."""
 
@@ -163,17 +116,18 @@ class Unit:
         self.elements = sum(g.W * g.n for g in groups)
         self.anchor = torch.zeros((), requires_grad=True)  # what makes autograd visit `Gather`
         self.buffers: list[Tensor] | None = None  # per group; None: not gathered
-        self.works: list[td.Work] = []
+        self.works: list[Any] = []
         self.in_graph = False  # the backward pass will come by
-        self.again = False  # activation checkpointing runs the block a second time
         self.forward: Callable[..., Any]
 
     def fetch(self) -> None:
         """Start gathering, unless that is done."""
         if self.buffers is None:
             started = [g.gather(g.shard.to(g.dtype)) for g in self.groups]
-            self.buffers, self.works = [flat for flat, _ in started], [work for _, work in started if work]
-            self.owner.traffic.hold(self.elements)
+            self.buffers, self.works = [flat for flat, _ in started], [work for _, work in started]
+            traffic = self.owner.traffic
+            traffic.live += self.elements
+            traffic.peak = max(traffic.peak, traffic.live)
 
     def take(self) -> list[Tensor]:
         """The gathered buffers."""
@@ -209,21 +163,20 @@ class Unit:
         """What the block's `forward` has become."""
         if self.owner.is_whole():
             return self.forward(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            return self.run(*args, **kwargs)
         if self.owner.checkpoint:  # saves nothing of what happens inside, so needs no places
-            twice = lambda: (nullcontext(), self.second_time())  # noqa: E731
-            return checkpoint(self.run, *args, use_reentrant=False, context_fn=twice, **kwargs)
+            return checkpoint(self.run, *args, use_reentrant=False, **kwargs)
         with saved_tensors_hooks(self.pack, self.unpack):
             return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Gather, start gathering the next block, run, let go."""
-        if self.again:
+        again = torch._C._current_graph_task_id() >= 0  # activation checkpointing runs it in the backward pass
+        if again:
             self.owner.backward_reaches(self)
         else:
             self.take()
-            self.owner.fetch(self.index + 1)
+            for following in self.owner.blocks[self.index + 1 : self.index + 2]:
+                following.fetch()
         self.place()
         try:
             out = self.forward(*args, **kwargs)
@@ -231,17 +184,8 @@ class Unit:
             return out
         finally:
             self.uncover()
-            if not self.again:  # else the end of its backward does
+            if not again:  # else the end of its backward does
                 self.free()
-
-    @contextmanager
-    def second_time(self) -> Iterator[None]:
-        """Around the forward that activation checkpointing repeats in the backward pass."""
-        self.again = True
-        try:
-            yield
-        finally:
-            self.again = False
 
     def pack(self, x: Tensor) -> Any:
         """A saved tensor → its place, if it lies in a buffer."""
@@ -279,9 +223,6 @@ class Gather(torch.autograd.Function):
         return None, None
 
 
-# ---- the model ------------------------------------------------------------------------------------------------------
-
-
 class Sharded:
     """A model whose weights are whole only where and while they are used; the same interface as `Replicated`."""
 
@@ -291,35 +232,21 @@ class Sharded:
         self.blocks: list[Unit] = []
         self._whole = False  # inside `gathered()`
         self._current: Unit | None = None  # the block that the backward pass is in
-        self._reducing: list[tuple[Group, Tensor, Tensor, td.Work | None]] = []  # group, gradient, its shard, work
+        self._reducing: list[tuple[Group, Tensor, Tensor, Any]] = []  # group, gradient, its shard, work
         self._armed = False  # `finish` will run at the end of this backward pass
 
     def run_trunk(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the trunk's `forward` has become: the root is gathered, and stays for the head and the backward pass.
-
-        Without gradients nothing tells when the head is done; then the root stays until another model runs.
-        """
+        """What the trunk's `forward` has become: the root is gathered, and stays for the head and the backward pass."""
         if not self.is_whole():
-            root, idle, grad = self.root, self.traffic.idle, torch.is_grad_enabled()
-            if idle is not None and (grad or idle is not root):
-                idle.free()
-                idle.uncover()
-            if root.buffers is None:
-                root.place()
-            self.traffic.idle = None if grad else root
-            self._armed = False
-            self.fetch(0)
+            if self.root.buffers is None:
+                self.root.place()
+            self.blocks[0].fetch()
         return forward(*args, **kwargs)
 
     def is_whole(self) -> bool:
-        """Inside `gathered`, where no gradient may be asked for."""
-        assert not (self._whole and torch.is_grad_enabled()), "gathered weights have no gradient; use torch.no_grad()"
+        """Inside `gathered`. Nothing tells when a forward without gradients is over, so it must be there."""
+        assert self._whole != torch.is_grad_enabled(), "no_grad belongs inside `gathered`, gradients outside"
         return self._whole
-
-    def fetch(self, index: int) -> None:
-        """Start gathering a block that is about to run."""
-        if index < len(self.blocks):
-            self.blocks[index].fetch()
 
     def backward_reaches(self, unit: Unit) -> None:
         """The first sign of a block in the backward pass: gather it again, start gathering the block before it."""
@@ -331,7 +258,7 @@ class Sharded:
         self.arm()
         unit.take()
         if unit.index > 0 and self.blocks[unit.index - 1].in_graph:
-            self.fetch(unit.index - 1)
+            self.blocks[unit.index - 1].fetch()
 
     def reduce(self, unit: Unit, grads: Sequence[Tensor]) -> None:
         """A unit's backward is over: let it go, add its gradients over ranks. One unit at a time is under way."""
@@ -345,8 +272,7 @@ class Sharded:
     def settle(self) -> None:
         """Wait for the reductions under way."""
         for group, _, mine, work in self._reducing:
-            if work is not None:
-                work.wait()
+            work.wait()
             group.accumulate(mine)
         self._reducing.clear()
 
@@ -367,13 +293,16 @@ class Sharded:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Whole weights for a while, without gradients: gather once, then decode without collectives."""
+        if self._whole:
+            yield
+            return
         self.finish()
-        with torch.no_grad():
-            for unit in (self.root, *self.blocks):
-                unit.place()
         self._whole = True
         try:
-            yield
+            with torch.no_grad():
+                for unit in (self.root, *self.blocks):
+                    unit.place()
+                yield
         finally:
             self._whole = False
             self.finish()
@@ -401,8 +330,7 @@ class Sharded:
                 for mine, x in zip(group.split(shard), picked, strict=True):
                     mine.copy_(x.detach().flatten() if x is not None else mine)
                 flat, work = group.gather(shard)
-                if work is not None:
-                    work.wait()
+                work.wait()
                 found = zip(group.parts, picked, group.views(flat), strict=True)
                 yield from ((names[part], whole) for part, x, whole in found if x is not None)
 
@@ -415,16 +343,15 @@ class Sharded:
                 x.view(-1).copy_(tensors[name].reshape(-1)[firsts[p] : firsts[p] + x.numel()])
 
 
-# ---- putting it on --------------------------------------------------------------------------------------------------
-
-
 def shard(models: Sequence[Any], *, dtype: torch.dtype | None = None, checkpoint: bool = False) -> list[Sharded]:
     """Shard models in place; those that share parameters (a base under several adapters) in one call.
 
     `dtype` is what the linear layers of the blocks are gathered in; run the model under autocast of the same dtype.
     All else is gathered as it is: norms, embedding, heads, adapters. `checkpoint` keeps no activations of blocks.
     """
-    traffic, groups, parts = Traffic(), {}, {}
+    traffic = Traffic()
+    groups: dict[nn.Parameter, Group] = {}  # by first parameter
+    parts: dict[nn.Parameter, nn.Parameter] = {}
     places = [places_of(model) for model in models]
     holders = {p: tuple(i for i, where in enumerate(places) if p in where) for where in places for p in where}
     sharded = [Sharded(model, traffic, checkpoint) for model in models]

@@ -11,17 +11,20 @@ value model. The step itself is in `minirlhf/ppo.py`, the rollout in `minirlhf/r
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
 
 from minirlhf import stage
+from minirlhf.alarms import Limits, alarms, signals
 from minirlhf.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from minirlhf.config import PPOConfig, preset_line
 from minirlhf.data import left_padded, step_rows
 from minirlhf.evaluate import Gold, examine, frontier_share, summary
 from minirlhf.optim import adamw, lr_factor, set_lr
-from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers
+from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers, score_moments
+from minirlhf.probe import TextScore, write_probe
 from minirlhf.report import write_report
 from minirlhf.reward import AdaptiveKL, FixedKL
 from minirlhf.rng import generator
@@ -29,6 +32,7 @@ from minirlhf.rollout import Partition, Roles, Rollout, collect, save_rollout
 from minirlhf.run import Run, Snapshot, run_script, write_json
 
 SHOWN = (0, 10, 16, 100)  # iterations after which the same prompts are answered for the report, and the last one
+PROBED = 64  # ordinary answers, against which the reward model's opinion of degenerate ones is held
 EXAM = 1024  # answers that are drawn before the first and after the last iteration
 WORDS = ("objective/scores", "gold/score", "objective/kl", "response/length_mean", "tokens_per_s")
 
@@ -36,8 +40,9 @@ WORDS = ("objective/scores", "gold/score", "objective/kl", "response/length_mean
 def main(config: PPOConfig, run: Run) -> None:
     """Roles, loop, final/."""
     c, o, p = config, config.optim, config.ppo
-    roles, loaded, _ = stage.ppo_roles(c)
-    prompts, gold, sampling = stage.prompt_ids(c, run, loaded), stage.gold_reward(c), stage.sampling(c, loaded)
+    roles, loaded, of_texts = stage.ppo_roles(c)
+    texts, prompts = stage.ppo_prompts(c, run, loaded)
+    gold, sampling, limits = stage.gold_reward(c), stage.sampling(c, loaded), Limits(p.kl_target, stage.score_limit(c))
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
                    device=c.run.device)  # fmt: skip
 
@@ -58,16 +63,14 @@ def main(config: PPOConfig, run: Run) -> None:
     if p.preset:
         run.say(preset_line(c))
     if start == 0:
-        show(run, exam(prompts[:6]), 0)
-        write_json(run.folder / "evaluation.json", {"before": summary(exam(repeated(prompts, EXAM)))})
+        look_first(run, exam, texts, prompts, of_texts)
     for step in run.steps(start, snapshot):
         began = time.perf_counter()
         plan = partial(epoch_plans, options=p, seed=c.run.seed, iteration=step)
         rollout = answers(c, roles, prompts, sampling, step, lambda n: list(chain(*plan(n)[0])))  # noqa: B023
-        metrics = rollout_metrics(rollout) | gold_metrics(rollout, loaded, gold)
-        if step == 1 and p.score_norm != "none":
-            scale = max(metrics["objective/scores_std"], 1e-8) if p.score_norm == "first" else 1.0
-            state |= {"shift": metrics["objective/scores"], "scale": scale}
+        metrics = rollout_metrics(rollout) | signals(rollout) | gold_metrics(rollout, loaded, gold)
+        if step == 1:
+            state |= score_moments(rollout.scores, p.score_norm)
         scores = score_answers(rollout.scores, rollout.has_eos, p, state["shift"], state["scale"])
         collected = time.perf_counter()
 
@@ -84,17 +87,41 @@ def main(config: PPOConfig, run: Run) -> None:
         done = time.perf_counter()
         metrics |= {"time/rollout_s": collected - began, "time/update_s": done - collected}
         run.log(step, metrics | {"tokens_per_s": int(rollout.lengths.sum()) / (done - began)}, WORDS)
+        watch(run, step, limits)
         if step in SHOWN or step == c.run.steps:
             show(run, exam(prompts[:6]), step)
 
+    look_last(run, exam, prompts)
+    final = run.finish(lambda folder: stage.save_ppo(folder, loaded, roles))
+    run.say(f"model: {final}\nreport: {write_report(run.folder)}")
+
+
+def look_first(
+    run: Run, exam: Callable[..., list[Any]], texts: list[str], prompts: list[list[int]], of_texts: TextScore
+) -> None:
+    """Before the first step: is the reward model fit, what does the policy say to six prompts, how good is it."""
+    c = run.config
+    if not c.reward.fn:
+        said = [record["response"] for record in exam(repeated(prompts, PROBED))]
+        write_probe(run, of_texts, repeated(texts, PROBED), said, stop=c.ppo.probe == "stop")
+    show(run, exam(prompts[:6]), 0)
+    write_json(run.folder / "evaluation.json", {"before": summary(exam(repeated(prompts, EXAM)))})
+
+
+def watch(run: Run, step: int, limits: Limits) -> None:
+    """What the step's line of the log gives reason to."""
+    logged = run.history and run.history[-1]["step"] == step  # by one rank, at steps that are due
+    run.alarm(step, alarms(run.history, limits) if logged else [], stop=run.config.ppo.on_alarm == "stop")
+
+
+def look_last(run: Run, exam: Callable[..., list[Any]], prompts: list[list[int]]) -> None:
+    """How good the policy has become."""
     before = json.loads((run.folder / "evaluation.json").read_text())["before"]
     after = summary(exam(repeated(prompts, EXAM)))
     if "gold" in after:
         after["frontier_share"] = frontier_share(after["kl"], after["gold"])
     write_json(run.folder / "evaluation.json", {"before": before, "after": after})
     run.say(verdict(before, after))
-    final = run.finish(lambda folder: stage.save_ppo(folder, loaded, roles))
-    run.say(f"model: {final}\nreport: {write_report(run.folder)}")
 
 
 def answers(
@@ -143,7 +170,7 @@ def show(run: Run, records: list[dict[str, Any]], step: int) -> None:
         run.sample(step, **record)
 
 
-def repeated(prompts: list[list[int]], n: int) -> list[list[int]]:
+def repeated(prompts: Sequence[Any], n: int) -> list[Any]:
     """n prompts, each as often as the others."""
     return [prompts[i % len(prompts)] for i in range(n)]
 

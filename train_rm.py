@@ -18,10 +18,11 @@ from minirlhf import stage
 from minirlhf.adapt import reward_model
 from minirlhf.config import RMConfig
 from minirlhf.data import by_length, encode_lists, pad, step_rows
-from minirlhf.evaluate import ranking_accuracy, score_sequences, score_texts, write_probe
+from minirlhf.evaluate import ranking_accuracy, score_sequences, score_texts
 from minirlhf.fit import fit
 from minirlhf.loss import centering_penalty, ranking_loss
 from minirlhf.pretrained import load_causal_lm
+from minirlhf.probe import hard_negatives, write_probe
 from minirlhf.report import write_report
 from minirlhf.run import Run, run_script
 
@@ -36,6 +37,7 @@ def main(config: RMConfig, run: Run) -> None:
     records, held_out = stage.ranked_records(c, run, loaded)
     model = reward_model(policy, c)
     max_length = c.data.max_length or model.config.max_seq_len
+    records = [*records, *hard_negatives(records, c.rm.hard_negatives, c.run.seed)]
     lists, counts = encode_lists(records, tokenizer, template, max_length)
     stage.report_counts("data", counts, len(records))
     validation = encode_lists(held_out, tokenizer, template, max_length)[0] if held_out else []
@@ -66,7 +68,8 @@ def main(config: RMConfig, run: Run) -> None:
     prompts, answers = [p for p, _ in ordinary], [a for _, a in ordinary]
     scores = torch.tensor(score_texts(model, tokenizer, template, prompts, answers, c.run.device))
     write_probe(run, partial(score_texts, model, tokenizer, template, device=c.run.device), prompts, answers)
-    statistics = {"score_mean": float(scores.mean()), "score_std": float(scores.std(correction=0))}
+    statistics = {"score_mean": float(scores.mean()), "score_std": float(scores.std(correction=0)),
+                  "score_max": float(scores.max())}  # fmt: skip
     final = run.finish(lambda folder: stage.save(folder, model, tokenizer, template, **statistics))
     run.say(f"model: {final}\nreport: {write_report(run.folder)}")
 

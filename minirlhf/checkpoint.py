@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent: temporary folder → fsync → manifest → verify → rename → rotate.
 
 A checkpoint is `checkpoints/step_XXXXXXXX/` with one safetensors file per group of tensors (policy, value model,
-optimizer ...), `state.json` for numbers and words, and `MANIFEST.json` with size and sha256 of each file. No pickle.
-The folder gets its name by rename after everything in it was read back, and older ones go only after that.
+optimizer ...), `state.json` for numbers and words, and `MANIFEST.json` with size and sha256 of each file and of itself.
+The folder gets its name by rename after everything in it was read back, and older ones go only after that. No pickle.
 """
 
 import hashlib

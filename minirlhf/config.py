@@ -140,6 +140,9 @@ class RMSection:
         choices=("log", "sigmoid", "softmax"),
     )
     centering: float = key(0.0, "c in c (r_w + r_l)^2 (Eisenstein 2023); pairs only", low=0.0)
+    hard_negatives: float = key(
+        0.0, "pairs with an empty, one-word, repeated or echoing loser, as a share of the data", low=0.0, high=1.0
+    )
     eval_every: int = key(0, "steps between validations; 0: ten in a run", low=0)
 
 
@@ -213,6 +216,8 @@ class PPOSection:
         "value model starts as the trunk, under a zero head, of the reward model (else, and without one, the policy)",
         choices=("auto", "reward_trunk", "reward_model", "policy"),
     )
+    probe: str = key("warn", "a reward model that prefers degenerate answers", choices=("warn", "stop"))
+    on_alarm: str = key("warn", "what an alarm of the log does; stop: exit code 5", choices=("warn", "stop"))
     save_rollouts: int = key(
         0, "iterations between files rollouts/*.safetensors for `minirlhf.ledger`, weights included; 0: none", low=0
     )
@@ -280,7 +285,7 @@ class RMConfig:
 class PPOConfig:
     """`train_ppo.py`."""
 
-    run: RunSection = RunSection(steps=60, log_every=1)
+    run: RunSection = RunSection(steps=100, log_every=1)
     model: ModelSection = ModelSection(path="runs/sft/final")
     reward: RewardSection = RewardSection()
     lora: LoRASection = LoRASection()

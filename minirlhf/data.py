@@ -132,10 +132,11 @@ def encode_prompts(
     tokenizer: Tokenizer,
     template: Template,
     max_length: int,  # prompt tokens that leave room for the answer
-) -> tuple[list[list[int]], dict[str, int]]:
-    """Prompts → token lists; over-long ones are left out and counted."""
+) -> tuple[list[str], list[list[int]], dict[str, int]]:
+    """Prompts → those that fit, and their token lists; over-long ones are left out and counted."""
     encoded = [template.prompt_ids(tokenizer, prompt) for prompt in prompts]
-    kept = [ids for ids in encoded if 0 < len(ids) <= max_length]
+    kept = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= max_length]
     if not kept:
         raise DataError(f"no prompt has between 1 and {max_length} tokens, which leave room for sample.max_new_tokens")
-    return kept, {"too_long": sum(len(ids) > max_length for ids in encoded), "empty": sum(not ids for ids in encoded)}
+    counts = {"too_long": sum(len(ids) > max_length for ids in encoded), "empty": sum(not ids for ids in encoded)}
+    return [prompts[i] for i in kept], [encoded[i] for i in kept], counts

@@ -23,6 +23,12 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class AlarmError(UserError):
+    """A run that was told to stop at an alarm, or at a reward model unfit to be maximised."""
+
+    exit_code = 5
+
+
 class NonFiniteError(FloatingPointError):
     """NaN or infinity where a number must be; the text names tensor, step and rank."""
 

@@ -1,4 +1,4 @@
-"""How good is it? Losses, accuracies with their intervals, the probe of a reward model, the gold of a policy's answers.
+"""How good is it? Losses, accuracies with their intervals, the gold of a policy's answers.
 
 Nothing here is seen by training. Gold exists in the built-in task alone.
 """
@@ -17,11 +17,9 @@ from minirlhf.model import CausalLM
 from minirlhf.ops import head_stats
 from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, Roles, Rollout, collect, response_positions, target_stats
-from minirlhf.run import Run, write_json
 from minirlhf.templates import Template
 from minirlhf.tokenizer import Tokenizer
 
-TextScore = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses → scores
 Gold = Callable[[Sequence[str], Sequence[str], Sequence[bool]], list[float]]  # prompts, responses, EOS seen → gold
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
@@ -115,65 +113,6 @@ def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
     p = k / n
     middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
-
-
-def probe(
-    score: TextScore,
-    prompts: Sequence[str],
-    answers: Sequence[str],  # ordinary ones, one to each prompt
-    seed: int,
-) -> list[dict[str, Any]]:
-    """What a reward model says of degenerate answers, against the median of ordinary ones: above it is red.
-
-    Another prompt's answer is only amber: small models often do not learn relevance.
-    """
-    n = len(prompts)
-    rng = generator(seed, "probe")
-    words = " ".join(answers).split()
-    mixed = [" ".join(words[i] for i in torch.randint(len(words), (8,), generator=rng).tolist()) for _ in range(n)]
-    longest = max(answers, key=len)
-    stop = "。" if "。" in longest else "."
-    joint = " " if " " in longest else ""
-    others = [next((a for p, a in zip(prompts, answers, strict=True) if p != prompt), None) for prompt in prompts]
-
-    def shortest(prompt: str) -> str:
-        return min((a for p, a in zip(prompts, answers, strict=True) if p == prompt and a), key=len, default="")
-
-    degenerate: dict[str, list[str | None]] = {
-        "empty": [""] * n,
-        "one full stop": [stop] * n,
-        "one word": [(a.split() or [a])[0][: max(1, len(a) // 2)] for a in answers],
-        "one answer five times": [joint.join([shortest(p)] * 5) for p in prompts],
-        "echo of the prompt": list(prompts),
-        "another prompt's answer": list(others),
-        "random words": list(mixed),
-        "cut in half": [a[: len(a) // 2].rstrip() for a in answers],
-        "all answers in a row": [joint.join(answers)] * n,
-    }
-    ordinary = sorted(score(prompts, answers))
-    median = ordinary[n // 2]
-    table = [{"name": "ordinary answers (median)", "example": answers[0], "score": median, "share_below": 0.5,
-              "verdict": "reference"}]  # fmt: skip
-    for name, texts in degenerate.items():
-        rows = [(p, t) for p, t in zip(prompts, texts, strict=True) if t is not None and (t or name == "empty")]
-        if not rows:
-            continue
-        scores = score([p for p, _ in rows], [t for _, t in rows])
-        mean = sum(scores) / len(scores)
-        verdict = "green" if mean <= median else "amber" if name == "another prompt's answer" else "red"
-        below = sum(s < mean for s in ordinary) / n
-        table.append({"name": name, "example": rows[0][1], "score": mean, "share_below": below, "verdict": verdict})
-    return table
-
-
-def write_probe(run: Run, score: TextScore, prompts: Sequence[str], answers: Sequence[str], n: int = 64) -> None:
-    """The probe on n of these, as probe.json in the run's folder; a red line is also said aloud."""
-    table = probe(score, prompts[:n], answers[:n], run.config.run.seed)
-    write_json(run.folder / "probe.json", {"probe": table})
-    for row in table:
-        if row["verdict"] == "red":
-            run.say(f"probe: the reward model prefers {row['name']} ({row['score']:.2f}) to an ordinary answer "
-                    f"({table[0]['score']:.2f}); see the report")  # fmt: skip
 
 
 # ---- policy ---------------------------------------------------------------------------------------------------------

@@ -23,14 +23,24 @@ import torch
 
 from minirlhf import checkpoint, dist
 from minirlhf.config import help_text, load_config, to_dict
-from minirlhf.errors import NonFiniteError, UsageError, UserError
+from minirlhf.errors import AlarmError, NonFiniteError, UsageError, UserError
 from minirlhf.log import Progress, append_line, cut_after, read_lines
 from minirlhf.rng import derive_seed
 from minirlhf.safefile import read_json, write_file
 
 MAY_DIFFER = ("dir", "engine", "keep", "save_every", "log_every", "resume", "debug")  # between a start and its resume
 LOGS = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl")  # a line has a step
-OWN = {".lock", "config.json", "environment.json", "dropped.jsonl", "evaluation.json", "probe.json", *LOGS}
+OWN = {
+    ".lock",
+    "config.json",
+    "environment.json",
+    "dropped.jsonl",
+    "evaluation.json",
+    "probe.json",
+    "rollouts",
+    "forensics",
+    *LOGS,
+}
 BEST = {"val/loss": -1, "val/accuracy": 1, "objective/rlhf_reward": 1}  # what makes a checkpoint the best: low, high
 Snapshot = Callable[[], tuple[checkpoint.Tensors, dict[str, Any]]]
 
@@ -42,6 +52,7 @@ class Run:
         self.config, self.name = config, name
         self.signal = 0  # exit code asked for by a signal, 0: none
         self.training = False
+        self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         self.dropped: list[dict[str, Any]] = []  # rows of data files that were left out, and why
         self.folder = Path(config.run.dir or f"runs/{name}")
         self.progress = Progress(name, config.run.steps)
@@ -151,7 +162,7 @@ class Run:
         step = found[0] if found else 0
         for log in LOGS:
             cut_after(self.folder / log, step if found else -1)
-        self.progress.start = step
+        self.history = self.metrics()
         return found
 
     def steps(self, start: int, snapshot: Snapshot) -> Iterator[int]:
@@ -178,8 +189,17 @@ class Run:
             finite = {
                 k: None if isinstance(v, float) and v - v != 0 else v for k, v in metrics.items()
             }  # inf, NaN: null
-            append_line(self.folder / "metrics.jsonl", {"step": step, **finite})
+            self.history.append({"step": step, **finite})
+            append_line(self.folder / "metrics.jsonl", self.history[-1])
         self.progress.show(step, metrics, tuple(words), keep=due)
+
+    def alarm(self, step: int, raised: Sequence[str], *, stop: bool) -> None:
+        """A line of alarms.jsonl and of the terminal for each; the end of the run where it is to stop at them."""
+        for words in raised:
+            append_line(self.folder / "alarms.jsonl", {"step": step, "alarm": words})
+            self.say(f"alarm at step {step}: {words}")
+        if stop and dist.all_max(torch.tensor(len(raised), device=self.config.run.device)):
+            raise AlarmError(f"step {step}: {raised[0] if raised else 'an alarm on rank 0'}")
 
     def sample(self, step: int, **record: Any) -> None:
         """A line of samples.jsonl."""
@@ -197,9 +217,8 @@ class Run:
 
     def _merits(self) -> dict[int, float]:
         """How good each step was, as far as the log tells."""
-        lines = self.metrics()
-        name = next((name for name in BEST if any(name in line for line in lines)), "")
-        return {line["step"]: BEST[name] * line[name] for line in lines if line.get(name) is not None}
+        name = next((name for name in BEST if any(name in line for line in self.history)), "")
+        return {line["step"]: BEST[name] * line[name] for line in self.history if line.get(name) is not None}
 
     def finish(self, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a temporary folder, which then becomes final/."""

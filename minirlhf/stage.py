@@ -5,6 +5,7 @@ what its scores look like. Stages whose templates or tokenizers differ are refus
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,13 +27,14 @@ from minirlhf.adapt import (
 )
 from minirlhf.data import decode, encode_prompts, left_padded
 from minirlhf.errors import CheckpointError, DataError, UsageError
-from minirlhf.evaluate import Gold, TextScore, score_texts
+from minirlhf.evaluate import Gold, score_texts
 from minirlhf.formats import read_records
 from minirlhf.generate import generate
 from minirlhf.heads import ScalarModel
 from minirlhf.lora import adapter_view, adapters
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.pretrained import load_causal_lm, load_reward_model
+from minirlhf.probe import TextScore
 from minirlhf.reward import load_reward_fn
 from minirlhf.rng import generator
 from minirlhf.rollout import Roles, Rollout, reward_model_score
@@ -156,6 +158,12 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
     return Roles(policy, ref_policy, critic, score), loaded._replace(model=policy), of_texts
 
 
+def score_limit(config: Any) -> float:
+    """The highest score of the reward model's validation; infinite where it is not known."""
+    limit = None if config.reward.fn else read_meta(Path(config.reward.path or DEFAULT_REWARD)).get("score_max")
+    return limit if isinstance(limit, float) else math.inf
+
+
 def function_score(function: TextScore, tokenizer: Tokenizer) -> Callable[[Rollout], torch.Tensor]:
     """A reward function of texts as a score of rollouts."""
 
@@ -270,8 +278,9 @@ def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]
     return pairs[:n]
 
 
-def prompt_ids(config: Any, run: Run, policy: Loaded) -> list[list[int]]:
-    """PPO's prompts: those of the setting, of the data file, or of the built-in task; ones without room are counted."""
+def ppo_prompts(config: Any, run: Run, policy: Loaded) -> tuple[list[str], list[list[int]]]:
+    """PPO's prompts as texts and as tokens: those of the setting, of the data file, or of the built-in task; ones
+    without room are counted."""
     if config.ppo.prompts:
         texts = list(config.ppo.prompts)
     elif not config.data.path:
@@ -281,9 +290,9 @@ def prompt_ids(config: Any, run: Run, policy: Loaded) -> list[list[int]]:
         if not any(texts):
             raise DataError(f"{config.data.path}: its records have no prompts; give --ppo.prompts")
     room = (config.data.max_length or policy.model.config.max_seq_len) - config.sample.max_new_tokens
-    encoded, counts = encode_prompts(texts, policy.tokenizer, policy.template, room)
+    kept, encoded, counts = encode_prompts(texts, policy.tokenizer, policy.template, room)
     report_counts("prompts", counts, len(texts))
-    return encoded
+    return kept, encoded
 
 
 def gold_reward(config: Any) -> Gold | None:

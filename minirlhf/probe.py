@@ -1,0 +1,128 @@
+"""Is a reward model fit to be maximised? What it says of degenerate answers, and pairs that teach it better.
+
+PPO finds whatever a reward model likes by mistake: nothing, one word, one sentence again and again. Its accuracy on
+ordinary pairs does not show that; this table does, before anything is trained on it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from minirlhf.errors import AlarmError
+from minirlhf.rng import generator
+from minirlhf.run import Run, write_json
+
+TextScore = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses → scores
+DEGENERATE = (
+    "empty",
+    "one full stop",
+    "one word",
+    "one answer five times",
+    "echo of the prompt",
+)  # red
+
+
+class Pair(NamedTuple):
+    """A preference."""
+
+    prompt: str
+    responses: list[str]
+    ranks: list[int]
+
+
+def variants(prompts: Sequence[str], answers: Sequence[str], seed: int) -> dict[str, list[str | None]]:
+    """Answers to each prompt that nobody wants, by what is wrong with them; None where there is no such answer."""
+    n = len(prompts)
+    rng = generator(seed, "probe")
+    words = " ".join(answers).split()
+    mixed = [" ".join(words[i] for i in torch.randint(len(words), (8,), generator=rng).tolist()) for _ in range(n)]
+    longest = max(answers, key=len)
+    stop = "。" if "。" in longest else "."
+    joint = " " if " " in longest else ""
+    others = [next((a for p, a in zip(prompts, answers, strict=True) if p != prompt), None) for prompt in prompts]
+    shortest: dict[str, str] = {}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if answer and len(answer) < len(shortest.get(prompt, answer + " ")):
+            shortest[prompt] = answer
+    return {
+        "empty": [""] * n,
+        "one full stop": [stop] * n,
+        "one word": [(a.split() or [a])[0][: max(1, len(a) // 2)] for a in answers],
+        "one answer five times": [joint.join([shortest.get(p, "")] * 5) for p in prompts],
+        "echo of the prompt": list(prompts),
+        "another prompt's answer": list(others),
+        "random words": list(mixed),
+        "cut in half": [a[: len(a) // 2].rstrip() for a in answers],
+        "all answers in a row": [joint.join(answers)] * n,
+    }
+
+
+def probe(
+    score: TextScore,
+    prompts: Sequence[str],
+    answers: Sequence[str],  # ordinary ones, one to each prompt
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The mean score of degenerate answers against the median of ordinary ones: above it is red.
+
+    The other rows are only amber: small models often do not learn relevance, and half an answer may be a good one.
+    """
+    n = len(prompts)
+    ordinary = sorted(score(prompts, answers))
+    median = ordinary[n // 2]
+    table = [{"name": "ordinary answers (median)", "example": answers[0], "score": median, "share_below": 0.5,
+              "verdict": "reference"}]  # fmt: skip
+    for name, texts in variants(prompts, answers, seed).items():
+        rows = [(p, t) for p, t in zip(prompts, texts, strict=True) if t is not None and (t or name == "empty")]
+        if not rows:
+            continue
+        scores = score([p for p, _ in rows], [t for _, t in rows])
+        mean = sum(scores) / len(scores)
+        verdict = "green" if mean <= median else "red" if name in DEGENERATE else "amber"
+        below = sum(s < mean for s in ordinary) / n
+        table.append({"name": name, "example": rows[0][1], "score": mean, "share_below": below, "verdict": verdict})
+    return table
+
+
+def write_probe(
+    run: Run,
+    score: TextScore,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    stop: bool = False,  # end the run where a line is red
+    n: int = 64,
+) -> None:
+    """The probe on n of these, as probe.json in the run's folder; a red line is also said aloud."""
+    table = probe(score, prompts[:n], answers[:n], run.config.run.seed)
+    write_json(run.folder / "probe.json", {"probe": table})
+    for row in table:
+        if row["verdict"] == "red":
+            words = (f"probe: the reward model prefers {row['name']} ({row['score']:.2f}) to an ordinary answer "
+                     f"({table[0]['score']:.2f}); train it with --rm.hard_negatives 0.25")  # fmt: skip
+            if stop:
+                raise AlarmError(words)
+            run.say(words)
+
+
+def hard_negatives(
+    records: Sequence[Any],  # prompt, responses, ranks
+    share: float,  # of their number
+    seed: int,
+) -> list[Pair]:
+    """So many records once more, each with its best answer before a degenerate one; the kinds take turns."""
+    order = torch.randperm(len(records), generator=generator(seed, "hard_negatives")).tolist()
+    chosen = []
+    for i in order[: round(share * len(records))]:
+        best = min((rank, text) for rank, text in zip(records[i].ranks, records[i].responses, strict=True) if rank)[1]
+        chosen.append((records[i].prompt, best))
+    if not chosen:
+        return []
+    bad = variants([prompt for prompt, _ in chosen], [best for _, best in chosen], seed)
+    pairs = []
+    for k, (prompt, best) in enumerate(chosen):
+        worst = bad[DEGENERATE[k % len(DEGENERATE)]][k]
+        if best.strip() and worst is not None and worst != best:
+            pairs.append(Pair(prompt, [best, worst], [1, 2]))
+    return pairs

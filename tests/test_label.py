@@ -13,6 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -450,7 +451,7 @@ def kill_and_resume(folder, kills, rng):
                     task, ranks = page.task()["task"], rng.sample([1, 2, 3], 3)
                     if page.rank(task, ranks) == 200:
                         acknowledged[task] = ranks
-            except (OSError, AssertionError, ValueError):  # it is dead
+            except (OSError, HTTPException, AssertionError, ValueError):  # it is dead
                 timer.join()
     with serving(tasks, out) as page:
         assert page.task()["done"] >= len(acknowledged)

@@ -4,7 +4,7 @@
 const WORDS = {
   en: {
     title: "Rank the answers", prompt: "Prompt", answers: "Answers, best = 1", save: "Save", skip: "Skip", undo: "Undo",
-    flag: "Flag", spaces: "Show spaces", other: "中文", ask: "Help", tie: "Tie with the answer above",
+    flag: "Flag", spaces: "Spaces", other: "中文", ask: "Help", tie: "Tie with the answer above",
     rank: (r) => (r ? `rank ${r}` : "no rank"), empty: "(empty)", done: (d, n) => `${d} / ${n}`,
     end: "Everything is labelled. Thank you.", after: "You may close this page; Undo goes back to the last answers.",
     need: "Rank at least two answers, or skip.", high: (k) => `Ranks go from 1 to ${k}.`, none: "Nothing to undo.",
@@ -12,14 +12,14 @@ const WORDS = {
     wait: "Saving…", lost: "Not saved: the server does not answer. Start it again, then save once more.",
     stale: "Not saved: the server was started anew. Open the address that it printed.", refused: "Not saved: ",
     help: [["1 – 9", "rank of the answer in focus; equal ranks are a tie"], ["0", "take its rank away"],
-      ["↑ ↓", "focus another answer"], ["Shift ↑ ↓, or drag", "move it; the order then gives the ranks"],
+      ["↑ ↓", "focus another answer"], ["Shift ↑ ↓, drag", "move it; the order then gives the ranks"],
       ["=", "tie with the answer above"], ["Enter", "save; answers without a rank are left out"],
       ["S", "skip"], ["U", "undo, and then back to the task before"], ["B", "flag for a second look"],
       ["W", "show spaces and line ends"], ["?", "this help"]],
   },
   zh: {
     title: "给回答排序", prompt: "提示", answers: "回答，1 为最好", save: "保存", skip: "跳过", undo: "撤销",
-    flag: "标记", spaces: "显示空格", other: "English", ask: "帮助", tie: "与上一条并列",
+    flag: "标记", spaces: "空格", other: "English", ask: "帮助", tie: "与上一条并列",
     rank: (r) => (r ? `第 ${r} 名` : "未排名"), empty: "（空）", done: (d, n) => `${d} / ${n}`,
     end: "全部标注完毕，谢谢！", after: "可以关闭本页；“撤销”回到上一题。",
     need: "请至少给两条回答排名，或跳过。", high: (k) => `名次为 1 到 ${k}。`, none: "没有可以撤销的操作。",
@@ -46,8 +46,8 @@ function say(key, bad = false, more = "") {
 
 function shown(text) {
   if (!spaces) return text;
-  return text.replace(/ /g, "·").replace(/\t/g, "⇥\t").replace(/\n/g, "⏎\n").replace(/[\p{C}]/gu, (c) =>
-    "\t\n".includes(c) ? c : `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+  return text.replace(/[\p{C}]/gu, (c) => "\t\n".includes(c) ? c : `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`)
+    .replace(/ /g, "·\u200b").replace(/\t/g, "⇥\t").replace(/\n/g, "⏎\n");
 }
 
 // ---- drawing ----

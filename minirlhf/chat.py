@@ -122,16 +122,22 @@ def open_folder(path: str, loader: Callable[..., Any], *, template: str = "", de
 def speaker(path: str, args: argparse.Namespace) -> Speaker:
     """A model that is ready to answer."""
     loaded = open_folder(path, load_causal_lm, template=args.template, device=args.device)
-    positions = loaded.model.config.max_seq_len
-    longest = args.max_new_tokens or max(1, min(MAX_NEW_TOKENS, positions // 2))
-    if longest >= positions:
-        raise UsageError(f"--max_new_tokens {longest}: {path} has {positions} positions, and the prompt needs some")
+    longest = answer_length(loaded, args.max_new_tokens, path)
     stop, unwanted = loaded.template.stop_token_id(loaded.tokenizer), (loaded.tokenizer.pad_id, loaded.tokenizer.unk_id)
     sampling = Sampling(
         longest, (stop,), args.temperature or 1.0, top_k=args.top_k, top_p=args.top_p,
         suppress_tokens=tuple({i for i in unwanted if i is not None} - {stop}), do_sample=args.temperature > 0,
     )  # fmt: skip
     return Speaker(path, loaded, sampling)
+
+
+def answer_length(loaded: stage.Loaded, asked: int, path: str) -> int:
+    """So many tokens as were asked for; 0: MAX_NEW_TOKENS, or half of the model's positions."""
+    positions = loaded.model.config.max_seq_len
+    longest = asked or max(1, min(MAX_NEW_TOKENS, positions // 2))
+    if longest >= positions:
+        raise UsageError(f"--max_new_tokens {longest}: {path} has {positions} positions, and the prompt needs some")
+    return longest
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def open_model(
         raise CheckpointError(f"{folder}: its base {base} is not the model that it was trained on; bring that one back")
     load_adapter(model, folder, LOADED)
     get_adapter(model, LOADED).base = str(base)
-    return adapter_view(model, LOADED)
+    return adapter_view(model, LOADED).eval()
 
 
 def _under_a_head(

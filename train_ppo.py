@@ -6,6 +6,7 @@ value model. The step itself is in `minirlhf/ppo.py`, the rollout in `minirlhf/r
     python train_ppo.py                                                  the built-in task, after the other two scripts
     python train_ppo.py --model.path SFT --reward.path RM --ppo.prompts "first,second"
     python train_ppo.py --model.path SFT --reward.fn my_module:reward    a function of texts instead of a model
+    python train_ppo.py --reward.fn human --ppo.rollout_size 8           your own judgement, a number per answer
 """
 
 import json
@@ -105,6 +106,8 @@ def look_first(
         said = [record["response"] for record in exam(repeated(prompts, PROBED))]
         write_probe(run, of_texts, repeated(texts, PROBED), said, stop=c.ppo.probe == "stop")
     show(run, exam(prompts[:6]), 0)
+    if c.reward.fn == "human":  # a person is asked about six answers, not about a thousand
+        return
     write_json(run.folder / "evaluation.json", {"before": summary(exam(repeated(prompts, EXAM)))})
 
 
@@ -116,6 +119,8 @@ def watch(run: Run, step: int, limits: Limits) -> None:
 
 def look_last(run: Run, exam: Callable[..., list[Any]], prompts: list[list[int]]) -> None:
     """How good the policy has become."""
+    if run.config.reward.fn == "human":
+        return
     before = json.loads((run.folder / "evaluation.json").read_text())["before"]
     after = summary(exam(repeated(prompts, EXAM)))
     if "gold" in after:

@@ -100,9 +100,11 @@ class AdaptiveKL:
 
 def load_reward_fn(name: str) -> RewardFn:
     """The function that `module:function` names, found on the path or in the current folder; every call is checked.
+    `human` asks a person.
 
     Raises UsageError.
     """
+    name = "minirlhf.human:reward" if name == "human" else name
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise UsageError(f"reward.fn {name!r} is not module:function")

@@ -3,13 +3,17 @@
 What goes wrong: reducing here. The mean of two microbatches' means gives a token more weight where tokens are few.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from minirlhf.masked import keep
+
+ClipRange = float | Sequence[float]  # ε on both sides of 1, or (ε_low, ε_high)
 
 # ---- PPO, per token -------------------------------------------------------------------------------------------------
 
@@ -19,16 +23,72 @@ def policy_loss(
     old_logprobs: Tensor,  # (B, R) of the rollout
     advantages: Tensor,  # (B, R) Â_t
     *,
-    clip_range: float,  # ε
+    clip_range: ClipRange,  # ε, or (ε_low, ε_high)
 ) -> Tensor:  # (B, R)
     """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), negated.
 
     L_t = -min(ρ_t Â_t, clip(ρ_t, 1 - ε, 1 + ε) Â_t),  ρ_t = exp(log π_θ(a_t) - log π_old(a_t)).
+    ε_high > ε_low lets unlikely tokens grow further (Yu et al. 2025, DAPO, arXiv 2503.14476, section 3.1): for a policy
+    whose entropy collapses.
     """
+    low, high = _bounds(clip_range)
 
     def formula(logprobs: Tensor, old_logprobs: Tensor, A: Tensor) -> Tensor:
         ratio = torch.exp(logprobs - old_logprobs)
-        return -torch.minimum(ratio * A, ratio.clamp(1 - clip_range, 1 + clip_range) * A)
+        return -torch.minimum(ratio * A, ratio.clamp(low, high) * A)
+
+    return _per_token(formula, logprobs, old_logprobs, advantages)
+
+
+def dual_clip_loss(
+    logprobs: Tensor,  # (B, R)
+    old_logprobs: Tensor,  # (B, R)
+    advantages: Tensor,  # (B, R)
+    *,
+    clip_range: ClipRange,  # ε, or (ε_low, ε_high)
+    dual_clip: float = 3.0,  # c > 1
+) -> Tensor:  # (B, R)
+    """`policy_loss`, but never above c|Â| where Â < 0 (Ye et al. 2020, arXiv 1912.09729, eq. 5), negated: for rollouts
+    that are many updates old, where one exploding ρ would rule the step."""
+
+    def formula(logprobs: Tensor, old_logprobs: Tensor, A: Tensor) -> Tensor:
+        loss = policy_loss(logprobs, old_logprobs, A, clip_range=clip_range)
+        return torch.where(A < 0, torch.minimum(loss, -dual_clip * A), loss)
+
+    return _per_token(formula, logprobs, old_logprobs, advantages)
+
+
+def sequence_policy_loss(
+    logprobs: Tensor,  # (B, R)
+    old_logprobs: Tensor,  # (B, R)
+    advantages: Tensor,  # (B, R), the same at every token of an answer
+    mask: Tensor,  # (B, R) bool
+    *,
+    clip_range: ClipRange,  # ε, or (ε_low, ε_high)
+) -> Tensor:  # (B, R), the same at every token of an answer
+    """`policy_loss` with one ratio for a whole answer, s = (π_θ(answer)/π_old(answer))^(1/|answer|) (Zheng et al. 2025,
+    GSPO, arXiv 2507.18071, eq. 5 and 7), negated: where single tokens' ratios are noise, as under mixtures of experts.
+    """
+    gap = keep(_wide(logprobs), mask) - keep(_wide(old_logprobs), mask)
+    log_s = gap.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    log_s = keep(log_s.expand_as(gap), mask)
+    return policy_loss(log_s, torch.zeros_like(log_s), keep(_wide(advantages), mask), clip_range=clip_range)
+
+
+def cispo_loss(
+    logprobs: Tensor,  # (B, R)
+    old_logprobs: Tensor,  # (B, R)
+    advantages: Tensor,  # (B, R)
+    *,
+    clip_range: ClipRange,  # ε, or (ε_low, ε_high)
+) -> Tensor:  # (B, R)
+    """-sg[clip(ρ, 1 - ε_low, 1 + ε_high)] Â log π_θ (MiniMax 2025, arXiv 2506.13585, eq. 4): the weight is clipped, not
+    the gradient, so that rare tokens of a good answer keep learning over many epochs."""
+    low, high = _bounds(clip_range)
+
+    def formula(logprobs: Tensor, old_logprobs: Tensor, A: Tensor) -> Tensor:
+        ratio = torch.exp(logprobs - old_logprobs).detach()
+        return -ratio.clamp(low, high) * A * logprobs
 
     return _per_token(formula, logprobs, old_logprobs, advantages)
 
@@ -38,15 +98,15 @@ def is_clipped(
     old_logprobs: Tensor,  # (B, R)
     advantages: Tensor,  # (B, R)
     *,
-    clip_range: float,  # ε
+    clip_range: ClipRange,  # ε, or (ε_low, ε_high)
 ) -> Tensor:  # (B, R) bool
     """Where the clip changes the loss, clip(ρ)Â < ρÂ, as OpenAI 2019 and TRL count; Â = 0 is never clipped.
 
     CleanRL counts |ρ - 1| > ε, which includes clips without effect.
     """
     logprobs, old_logprobs, A = (_wide(x) for x in (logprobs, old_logprobs, advantages))
-    ratio = torch.exp(logprobs - old_logprobs)
-    return ratio.clamp(1 - clip_range, 1 + clip_range) * A < ratio * A
+    ratio, (low, high) = torch.exp(logprobs - old_logprobs), _bounds(clip_range)
+    return ratio.clamp(low, high) * A < ratio * A
 
 
 def value_loss(
@@ -70,6 +130,12 @@ def value_loss(
         return 0.5 * loss
 
     return _per_token(formula, values, old_values, returns)
+
+
+def _bounds(clip_range: ClipRange) -> tuple[float, float]:
+    """The least and the largest ratio."""
+    low, high = (clip_range, clip_range) if isinstance(clip_range, float | int) else clip_range
+    return 1 - low, 1 + high
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -543,6 +543,69 @@ def ppo_losses():
     )  # fmt: skip
 
 
+def ppo_loss_variants():
+    gradient_of = "logprobs"
+
+    def by_hand(name, function, why, cases, **options):
+        """Cases of (Â, ρ, loss, slope) under π_old = 1."""
+        A, ratios, losses, slopes = (list(column) for column in zip(*cases, strict=True))
+        inputs = {"logprobs": [[D(x).ln() for x in ratios]], "old_logprobs": [[0.0] * len(A)]}
+        inputs |= {"advantages": [[float(a) for a in A]]} | options
+        golden(name, function, "hand", why, inputs, [losses], gradient={gradient_of: [slopes]})
+
+    wide = [0.2, 0.3]
+    by_hand(
+        "policy_loss_asymmetric_hand", "loss.policy_loss", "-min(ρÂ, clip(ρ, .8, 1.3)Â)",
+        [(1, 1.5, -1.3, 0), (1, 1.25, -1.25, -1.25), (-1, 0.7, 0.8, 0), (-1, 1.5, 1.5, 1.5)], clip_range=wide
+    )  # fmt: skip
+    golden(
+        "is_clipped_asymmetric_hand", "loss.is_clipped", "hand", "Â > 0 and ρ > 1.3, or Â < 0 and ρ < .8",
+        {"logprobs": [[D("1.25").ln(), D("1.35").ln(), D("0.75").ln()]], "old_logprobs": [[0.0] * 3],
+         "advantages": [[1.0, 1.0, -1.0]], "clip_range": wide}, [[False, True, True]]
+    )  # fmt: skip
+    by_hand(
+        "dual_clip_loss_hand", "loss.dual_clip_loss", "policy_loss, but at most 3|Â| where Â < 0",
+        [(-1, 5, 3, 0), (-1, 2, 2, 2), (-2, 1.5, 3, 3), (-2, 4, 6, 0), (1, 5, -1.2, 0), (-1, 0.5, 0.8, 0)],
+        clip_range=0.2, dual_clip=3.0
+    )  # fmt: skip
+    A, ratios, weights = [1, 1, -1, -2], [1.5, 0.9, 0.5, 1.1], [1.2, 0.9, 0.6, 1.1]
+    golden(
+        "cispo_loss_closed", "loss.cispo_loss", "closed form", "-clip(ρ, .6, 1.2) Â ln π, π_old = 1; slope -clip(ρ)Â",
+        {"logprobs": [[D(x).ln() for x in ratios]], "old_logprobs": [[0.0] * 4],
+         "advantages": [[float(a) for a in A]], "clip_range": [0.4, 0.2]},
+        [[-D(w) * a * D(x).ln() for w, a, x in zip(weights, A, ratios, strict=True)]],
+        gradient={gradient_of: [[-w * a for w, a in zip(weights, A, strict=True)]]}
+    )  # fmt: skip
+    golden(
+        "sequence_policy_loss_hand", "loss.sequence_policy_loss", "hand",
+        "ln ρ (ln 4, 0, padding): s = 2; Â 1: clipped to 1.2; Â -1: 2 at both tokens, slope 2·2·½ at each",
+        {"logprobs": [[D(4).ln(), 0.0, NAN]] * 2, "old_logprobs": [[0.0, 0.0, NAN]] * 2, "clip_range": 0.2,
+         "advantages": [[1.0, 1.0, NAN], [-1.0, -1.0, NAN]], "mask": [[True, True, False]] * 2},
+        [[-1.2, -1.2, 0], [2, 2, 0]], gradient={gradient_of: [[0, 0, 0], [2, 2, 0]]}
+    )  # fmt: skip
+
+    old, new, A = numbers(31, 3, 5), numbers(31, 3, 5) + numbers(32, 3, 5, scale=0.5), numbers(33, 3, 5)
+    inputs = {"logprobs": new, "old_logprobs": old, "advantages": A, "clip_range": 0.2}
+    lp, old_lp, a, mask = new.numpy(), old.numpy(), A.numpy(), right_padded(5, 3, 4, R=5)
+    ratio = np.exp(lp - old_lp)
+    clipped = -np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a)
+    golden(
+        "dual_clip_loss_numpy", "loss.dual_clip_loss", "library", f"{NUMPY} np.clip between bounds by the sign of Â",
+        inputs | {"dual_clip": 1.1}, np.where(a < 0, np.minimum(clipped, 1.1 * np.abs(a)), clipped)
+    )  # fmt: skip
+    golden(
+        "cispo_loss_numpy", "loss.cispo_loss", "library", f"{NUMPY} -np.clip(ρ) Â log π", inputs,
+        -np.clip(ratio, 0.8, 1.2) * a * lp
+    )  # fmt: skip
+    real = mask.numpy()
+    log_s = np.ma.masked_array(lp - old_lp, ~real).mean(1, keepdims=True).filled(0)
+    s = np.exp(log_s)
+    golden(
+        "sequence_policy_loss_numpy", "loss.sequence_policy_loss", "library", f"{NUMPY} np.ma.mean of ln ρ",
+        inputs | {"mask": mask}, np.where(real, -np.minimum(s * a, np.clip(s, 0.8, 1.2) * a), 0.0)
+    )  # fmt: skip
+
+
 def reward_model_losses():
     gap = D("0.9")
     golden(
@@ -840,7 +903,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file differs")
     check = parser.parse_args().check
-    for chapter in (masked, ops, advantage, ppo_losses, reward_model_losses, reward_model_losses_of_others, reward):
+    chapters = (masked, ops, advantage, ppo_losses, ppo_loss_variants, reward_model_losses)
+    for chapter in (*chapters, reward_model_losses_of_others, reward):
         chapter()
     different = {p.stem for p in HERE.glob("*.json")} ^ files.keys()
     for name, record in files.items():

@@ -17,16 +17,16 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from minirlhf import stage
+from minirlhf import dist, stage
 from minirlhf.alarms import Limits, alarms, signals
-from minirlhf.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from minirlhf.config import PPOConfig, preset_line
 from minirlhf.data import left_padded, step_rows
+from minirlhf.engine import Engine
 from minirlhf.evaluate import Gold, examine, frontier_share, summary
+from minirlhf.memory import dry_run
 from minirlhf.optim import adamw, lr_factor, set_lr
 from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers, score_moments
 from minirlhf.probe import TextScore, write_probe
-from minirlhf.report import write_report
 from minirlhf.reward import AdaptiveKL, FixedKL
 from minirlhf.rng import generator
 from minirlhf.rollout import Partition, Roles, Rollout, collect, save_rollout
@@ -42,6 +42,8 @@ def main(config: PPOConfig, run: Run) -> None:
     """Roles, loop, final/."""
     c, o, p = config, config.optim, config.ppo
     roles, loaded, of_texts = stage.ppo_roles(c)
+    engine = Engine(c.run, [roles.policy, roles.ref_policy, roles.value_model, roles.reward_model])
+    roles = roles._replace(gathered=engine.gathered)
     texts, prompts = stage.ppo_prompts(c, run, loaded)
     gold, sampling, limits = stage.gold_reward(c), stage.sampling(c, loaded), Limits(p.kl_target, stage.score_limit(c))
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
@@ -52,19 +54,16 @@ def main(config: PPOConfig, run: Run) -> None:
     optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
     start, tensors, state = run.restore() or (0, {}, {"kl_coef": p.kl_coef, "shift": 0.0, "scale": 1.0})
     if tensors:
-        for role, model in trained.items():
-            load_module(model, tensors[role])
-        load_optimizer(optimizer, named, tensors["optimizer"])
+        engine.load(trained, optimizer, tensors)
     beta = AdaptiveKL(state["kl_coef"], target=p.kl_target, horizon=p.kl_horizon) if p.kl_target else FixedKL(p.kl_coef)
 
     def snapshot() -> tuple[dict[str, Any], dict[str, Any]]:
-        weights = {role: module_tensors(model) for role, model in trained.items()}
-        return weights | {"optimizer": optimizer_tensors(optimizer, named)}, state | {"kl_coef": beta.coef}
+        return engine.state(trained, optimizer), state | {"kl_coef": beta.coef}
 
     if p.preset:
         run.say(preset_line(c))
     if start == 0:
-        look_first(run, exam, texts, prompts, of_texts)
+        look_first(run, exam, texts, prompts, engine.whole_in(roles.reward_model, of_texts))
     for step in run.steps(start, snapshot):
         began = time.perf_counter()
         plan = partial(epoch_plans, options=p, seed=c.run.seed, iteration=step)
@@ -78,10 +77,11 @@ def main(config: PPOConfig, run: Run) -> None:
         lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
         set_lr(optimizer, lr)
         keep_rollout(run, step, rollout, lr, snapshot)
-        with stage.precision(c.run):
+        with engine.precision():
             metrics |= ppo_iteration(
                 roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.lengths), p,
                 kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm, impl=c.run.impl,
+                clip=engine.clip,
             )  # fmt: skip
         metrics |= {"lr": lr, "objective/kl_coef": beta.coef, "episode": step * p.rollout_size}
         beta.update(metrics["objective/kl"], p.rollout_size)
@@ -93,8 +93,8 @@ def main(config: PPOConfig, run: Run) -> None:
             show(run, exam(prompts[:6]), step)
 
     look_last(run, exam, prompts)
-    final = run.finish(lambda folder: stage.save_ppo(folder, loaded, roles))
-    run.say(f"model: {final}\nreport: {write_report(run.folder)}")
+    policy, critic = engine.whole(roles.policy), engine.whole(roles.value_model)
+    stage.conclude(run, lambda folder: stage.save_ppo(folder, loaded._replace(model=policy), critic))
 
 
 def look_first(
@@ -137,10 +137,8 @@ def answers(
     rows = step_rows(len(prompts), c.ppo.rollout_size, step - 1, seed=c.run.seed)
     ids, mask = left_padded([prompts[r] for r in rows], sampling["pad_token_id"], c.run.device)
     rngs = [generator(c.run.seed, "sample", step, row) for row in range(len(rows))]
-    with stage.precision(c.run):
-        return collect(
-            roles, ids, mask, partition=partition, score_at=c.ppo.score_at, impl=c.run.impl, rng=rngs, **sampling
-        )
+    how: dict[str, Any] = {"score_at": c.ppo.score_at, "impl": c.run.impl, "rng": rngs}
+    return collect(roles, ids, mask, partition=partition, **how, **sampling)
 
 
 def keep_rollout(run: Run, step: int, rollout: Rollout, lr: float, snapshot: Snapshot) -> None:
@@ -148,6 +146,8 @@ def keep_rollout(run: Run, step: int, rollout: Rollout, lr: float, snapshot: Sna
     every = run.config.ppo.save_rollouts
     if every and step % every == 0:
         weights, state = snapshot()
+        if dist.rank() != 0:
+            return
         path = run.folder / f"rollouts/step_{step:08d}.safetensors"
         save_rollout(path, rollout, state | {"step": step, "lr": lr}, weights)
 
@@ -181,4 +181,4 @@ def repeated(prompts: Sequence[Any], n: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, PPOConfig, "ppo"))
+    sys.exit(run_script(main, PPOConfig, "ppo", dry_run))

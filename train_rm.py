@@ -17,13 +17,14 @@ from torch import Tensor
 from minirlhf import stage
 from minirlhf.adapt import reward_model
 from minirlhf.config import RMConfig
-from minirlhf.data import by_length, encode_lists, pad, step_rows
+from minirlhf.data import encode_lists, microbatches, pad, step_rows
+from minirlhf.engine import Engine
 from minirlhf.evaluate import ranking_accuracy, score_sequences, score_texts
 from minirlhf.fit import fit
 from minirlhf.loss import centering_penalty, ranking_loss
+from minirlhf.memory import dry_run
 from minirlhf.pretrained import load_causal_lm
 from minirlhf.probe import hard_negatives, write_probe
-from minirlhf.report import write_report
 from minirlhf.run import Run, run_script
 
 
@@ -41,15 +42,16 @@ def main(config: RMConfig, run: Run) -> None:
     lists, counts = encode_lists(records, tokenizer, template, max_length)
     stage.report_counts("data", counts, len(records))
     validation = encode_lists(held_out, tokenizer, template, max_length)[0] if held_out else []
+    engine = Engine(c.run, [model])
 
     def losses(step: int) -> Iterator[tuple[Tensor, int]]:
         rows = step_rows(len(lists), c.rm.minibatch_size, step - 1, seed=c.run.seed)
-        for part in by_length(rows, size, lambda r: max(map(len, lists[r].sequences))):
+        for part in microbatches(rows, size, lambda r: max(map(len, lists[r].sequences))):
             flat = [s for r in part for s in lists[r].sequences]  # N answers
             ranks = pad([lists[r].ranks for r in part], 0, device=c.run.device)  # (b, K)
             given = pad([[True] * len(lists[r].ranks) for r in part], False, device=c.run.device)
-            with stage.precision(c.run):
-                found = score_sequences(model, flat, size, c.run.device)  # (N,)
+            with engine.precision():
+                found = score_sequences(model, flat, size, c.run.device, in_step=True)  # (N,)
             scores = found.new_zeros(ranks.shape).masked_scatter(given, found)  # (b, K)
             loss = ranking_loss(scores, ranks, kind=c.rm.loss)  # (b,)
             if c.rm.centering:
@@ -61,17 +63,18 @@ def main(config: RMConfig, run: Run) -> None:
         return {f"val/{name}": value for name, value in found.items()}
 
     words = ("loss", "val/accuracy", "tokens_per_s")
-    found = fit(run, model, losses, validate, eval_every=c.rm.eval_every, words=words)
+    found = fit(run, engine, model, losses, validate, eval_every=c.rm.eval_every, words=words)
     if found:
         run.say(verdict(found))
     ordinary = [(r.prompt, r.responses[i % len(r.responses)]) for i, r in enumerate(held_out or records)]
     prompts, answers = [p for p, _ in ordinary], [a for _, a in ordinary]
-    scores = torch.tensor(score_texts(model, tokenizer, template, prompts, answers, c.run.device))
-    write_probe(run, partial(score_texts, model, tokenizer, template, device=c.run.device), prompts, answers)
+    with engine.gathered(model):
+        scores = torch.tensor(score_texts(model, tokenizer, template, prompts, answers, c.run.device))
+        write_probe(run, partial(score_texts, model, tokenizer, template, device=c.run.device), prompts, answers)
     statistics = {"score_mean": float(scores.mean()), "score_std": float(scores.std(correction=0)),
                   "score_max": float(scores.max())}  # fmt: skip
-    final = run.finish(lambda folder: stage.save(folder, model, tokenizer, template, **statistics))
-    run.say(f"model: {final}\nreport: {write_report(run.folder)}")
+    whole = engine.whole(model)
+    stage.conclude(run, lambda folder: stage.save(folder, whole, tokenizer, template, **statistics))
 
 
 def verdict(found: dict[str, float]) -> str:
@@ -83,4 +86,4 @@ def verdict(found: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, RMConfig, "rm"))
+    sys.exit(run_script(main, RMConfig, "rm", dry_run))

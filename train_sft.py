@@ -15,11 +15,12 @@ from torch import Tensor
 from minirlhf import stage
 from minirlhf.adapt import sft_model
 from minirlhf.config import SFTConfig
-from minirlhf.data import by_length, collate, encode_sft, step_rows
+from minirlhf.data import collate, encode_sft, microbatches, step_rows
+from minirlhf.engine import Engine
 from minirlhf.evaluate import sft_loss, sft_targets
 from minirlhf.fit import fit
+from minirlhf.memory import dry_run
 from minirlhf.pretrained import load_causal_lm
-from minirlhf.report import write_report
 from minirlhf.rollout import target_stats
 from minirlhf.run import Run, run_script
 
@@ -37,24 +38,25 @@ def main(config: SFTConfig, run: Run) -> None:
     examples, counts = encode_sft(records, tokenizer, template, max_length)
     stage.report_counts("data", counts, len(records))
     validation = encode_sft(held_out, tokenizer, template, max_length)[0] if held_out else []
+    engine = Engine(c.run, [model])
 
     def losses(step: int) -> Iterator[tuple[Tensor, int]]:
         rows = step_rows(len(examples), c.sft.minibatch_size, step - 1, seed=c.run.seed)
         n = sum(sum(examples[r].trained[1:]) for r in rows)  # labels of this optimizer step
-        for part in by_length(rows, c.sft.microbatch_size, lambda r: len(examples[r].ids)):
+        for part in microbatches(rows, c.sft.microbatch_size, lambda r: len(examples[r].ids)):
             batch = collate([examples[r] for r in part], 0, c.run.device)
             targets = sft_targets(batch.input_ids, batch.trained)  # (b, T - 1)
-            with stage.precision(c.run):
+            with engine.precision():
                 stats = target_stats(model, batch.input_ids, batch.attention_mask, targets, impl=c.run.impl)
             yield -stats["logprobs"].sum() / n, int(batch.attention_mask.sum())
 
     def validate() -> dict[str, float]:
         return {"val/loss": sft_loss(model, validation, c.sft.microbatch_size, c.run.device)} if validation else {}
 
-    fit(run, model, losses, validate, eval_every=c.sft.eval_every, words=("loss", "val/loss", "tokens_per_s"))
-    final = run.finish(lambda folder: stage.save(folder, model, tokenizer, template))
-    run.say(f"model: {final}\nreport: {write_report(run.folder)}")
+    fit(run, engine, model, losses, validate, eval_every=c.sft.eval_every, words=("loss", "val/loss", "tokens_per_s"))
+    whole = engine.whole(model)
+    stage.conclude(run, lambda folder: stage.save(folder, whole, tokenizer, template))
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, SFTConfig, "sft"))
+    sys.exit(run_script(main, SFTConfig, "sft", dry_run))

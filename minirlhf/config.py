@@ -40,12 +40,14 @@ class RunSection:
     device: str = key("cpu", "cpu, cuda or cuda:N")
     dtype: str = key("fp32", "type of matrix products; weights, norms, losses stay fp32", choices=("fp32", "bf16"))
     engine: str = key("none", "sharding over ranks", choices=("none", "mini", "torch"))
+    checkpoint_activations: bool = key(False, "run blocks again in the backward pass, keep no activations")
     impl: str = key("auto", "body of the fused head", choices=("auto", "torch", "triton"))
     threads: int = key(0, "CPU threads; 0: torch's default. Equal numbers need equal threads", low=0)
     resume: bool = key(False, "go on from the newest checkpoint that verifies")
     save_every: int = key(0, "steps between checkpoints; 0: only at the end and on a signal", low=0)
     keep: int = key(2, "checkpoints kept", low=1)
     log_every: int = key(10, "steps between lines of metrics.jsonl", low=1)
+    dry_run: bool = key(False, "print the memory that the stage takes, and stop")
     debug: bool = key(False, "show the traceback of a user's mistake")
 
 
@@ -143,6 +145,16 @@ class RMSection:
     hard_negatives: float = key(
         0.0, "pairs with an empty, one-word, repeated or echoing loser, as a share of the data", low=0.0, high=1.0
     )
+    eval_every: int = key(0, "steps between validations; 0: ten in a run", low=0)
+
+
+@dataclass(frozen=True)
+class DPOSection:
+    """Direct preference optimization."""
+
+    beta: float = key(0.1, "β, how near to the reference the policy stays", low=0.0)
+    minibatch_size: int = key(64, "pairs of one optimizer step, over all ranks", low=1)
+    microbatch_size: int = key(64, "pairs of one forward, per rank", low=1)
     eval_every: int = key(0, "steps between validations; 0: ten in a run", low=0)
 
 
@@ -278,6 +290,24 @@ class RMConfig:
     def check(self) -> None:
         """Combinations that cannot work."""
         _divides(self.rm.microbatch_size, self.rm.minibatch_size, "rm.minibatch_size / rm.microbatch_size")
+        _check_common(self)
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """`train_dpo.py`."""
+
+    run: RunSection = RunSection(steps=512)
+    model: ModelSection = ModelSection(path="runs/sft/final")
+    lora: LoRASection = LoRASection()
+    data: PairDataSection = PairDataSection()
+    optim: OptimSection = OptimSection(lr=3e-4, warmup_steps=20, weight_decay=0.0, betas=(0.9, 0.999))
+    dpo: DPOSection = DPOSection()
+    sample: SampleSection = SampleSection()
+
+    def check(self) -> None:
+        """Combinations that cannot work."""
+        _divides(self.dpo.microbatch_size, self.dpo.minibatch_size, "dpo.minibatch_size / dpo.microbatch_size")
         _check_common(self)
 
 

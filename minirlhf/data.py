@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minirlhf.errors import DataError
+from minirlhf import dist
+from minirlhf.errors import DataError, UsageError
 from minirlhf.rng import generator
 from minirlhf.templates import Template
 from minirlhf.tokenizer import Tokenizer
@@ -28,6 +29,13 @@ class RankedList(NamedTuple):
 
     sequences: list[list[int]]
     ranks: list[int]  # 1 = best, ties allowed, 0 = absent
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt."""
+
+    better: Example
+    worse: Example
 
 
 class Batch(NamedTuple):
@@ -52,6 +60,25 @@ def by_length(rows: Sequence[int], size: int, length: Callable[[int], int]) -> l
     """Cut rows into groups of `size` of similar length, so that padding is short."""
     ordered = sorted(rows, key=length)
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def cut(n: int, size: int) -> list[list[int]]:
+    """Positions 0 … n - 1 in groups of at most `size`, as many for each of W ranks, in turn; rank r has r, r + W, …
+
+    Every rank runs as many forwards as the others, so that none waits for one that does not come.
+    """
+    W = dist.world_size()
+    k = -(-n // (W * size))  # forwards of a rank
+    if n // W < k:
+        raise UsageError(f"{n} rows of a step are too few for {W} ranks at microbatch_size {size}; raise one of them")
+    rows = [range(r, n, W) for r in range(W)]
+    return [list(mine[len(mine) * j // k : len(mine) * (j + 1) // k]) for j in range(k) for mine in rows]
+
+
+def microbatches(rows: Sequence[int], size: int, length: Callable[[int], int]) -> list[list[int]]:
+    """This rank's rows of an optimizer step, in groups of at most `size` rows of similar length."""
+    ordered = sorted(rows, key=length)
+    return dist.mine([[ordered[i] for i in group] for group in cut(len(ordered), size)])
 
 
 def pad(rows: Sequence[Sequence[Any]], value: Any, *, left: bool = False, device: str = "cpu") -> Tensor:  # (B, T)
@@ -125,6 +152,26 @@ def encode_lists(
     if not lists:
         raise DataError(f"no list fits into data.max_length {max_length}")
     return lists, counts
+
+
+def encode_pairs(
+    records: Sequence[Any],  # prompt, responses, ranks
+    tokenizer: Tokenizer,
+    template: Template,
+    max_length: int,
+) -> tuple[list[Pair], dict[str, int]]:
+    """Ranked lists → their strict pairs; a list with an answer that is too long is left out whole, and counted."""
+    pairs, counts = [], {"too_long": 0}
+    for record in records:
+        made = [Example(*template.encode(tokenizer, record.prompt, response)) for response in record.responses]
+        if max(len(example.ids) for example in made) > max_length:
+            counts["too_long"] += 1
+            continue
+        present = [(rank, example) for rank, example in zip(record.ranks, made, strict=True) if rank > 0]
+        pairs += [Pair(a, b) for i, a in present for j, b in present if i < j]
+    if not pairs:
+        raise DataError(f"no pair fits into data.max_length {max_length}")
+    return pairs, counts
 
 
 def encode_prompts(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf import review_world
+from minirlhf import dist, review_world
 from minirlhf.data import Example, RankedList, by_length, collate, left_padded, pad
 from minirlhf.heads import RewardModel
 from minirlhf.model import CausalLM
@@ -34,32 +34,57 @@ def sft_targets(input_ids: Tensor, trained: Tensor) -> Tensor:  # (B, T), (B, T)
 
 @torch.no_grad()
 def sft_loss(model: CausalLM, examples: Sequence[Example], size: int, device: str = "cpu") -> float:
-    """Nats per trained token."""
+    """Nats per trained token. Each rank runs its examples."""
     total, count = 0.0, 0
-    ordered = sorted(examples, key=lambda e: len(e.ids))
+    ordered = dist.mine(sorted(examples, key=lambda e: len(e.ids)))
     for i in range(0, len(ordered), size):
         batch = collate(ordered[i : i + size], 0, device)
         targets = sft_targets(batch.input_ids, batch.trained)
         total -= float(target_stats(model, batch.input_ids, batch.attention_mask, targets)["logprobs"].double().sum())
         count += int((targets != IGNORE).sum())
+    total, count = dist.all_sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / count
+
+
+def answer_logprobs(model: CausalLM, examples: Sequence[Example], size: int, device: str = "cpu") -> Tensor:  # (N,)
+    """Σ log π of each example's trained tokens, in their order; `size` examples of similar length share a forward."""
+    groups = by_length(range(len(examples)), size, lambda i: len(examples[i].ids))
+    sums = []
+    for rows in groups:
+        batch = collate([examples[i] for i in rows], 0, device)
+        targets = sft_targets(batch.input_ids, batch.trained)
+        sums.append(target_stats(model, batch.input_ids, batch.attention_mask, targets)["logprobs"].sum(1))
+    place = torch.tensor([i for rows in groups for i in rows], device=device).argsort()
+    return torch.cat(sums)[place]
 
 
 # ---- reward model ---------------------------------------------------------------------------------------------------
 
 
+def score_rows(model: RewardModel, sequences: Sequence[Sequence[int]], size: int, device: str) -> Tensor:  # (N,)
+    """`score_sequences`, each rank its sequences."""
+    own = dist.mine(sequences)
+    found = score_sequences(model, own, size, device) if own else torch.zeros(0, device=device)
+    return dist.all_rows(found, len(sequences))
+
+
 def score_sequences(
-    model: RewardModel, sequences: Sequence[Sequence[int]], size: int, device: str = "cpu"
+    model: RewardModel, sequences: Sequence[Sequence[int]], size: int, device: str = "cpu", *, in_step: bool = False
 ) -> Tensor:  # (N,)
-    """One score per token list, in their order; `size` lists of similar length share a forward, so padding is short."""
+    """One score per token list, in their order; `size` lists of similar length share a forward, so padding is short.
+
+    `in_step`: as many forwards as the rank that needs most; what is run again gets no gradient.
+    """
     groups = by_length(range(len(sequences)), size, lambda i: len(sequences[i]))
+    forwards = int(dist.all_max(torch.tensor(len(groups)))) if in_step else len(groups)
+    groups += groups[-1:] * (forwards - len(groups))
     scores = []
     for rows in groups:
         part = [sequences[i] for i in rows]
         ids, real = pad(part, 0, device=device), pad([[True] * len(s) for s in part], False, device=device)
         scores.append(model(ids, real))
-    place = torch.tensor([i for rows in groups for i in rows], device=device).argsort()
-    return torch.cat(scores)[place]
+    order = [i for rows in groups for i in rows][: len(sequences)]
+    return torch.cat(scores)[torch.tensor(order, device=device).argsort()]
 
 
 @torch.no_grad()
@@ -77,13 +102,13 @@ def score_texts(
         for p, r in zip(prompts, responses, strict=True)
     ]
     longest = model.config.max_seq_len
-    return score_sequences(model, [s[:longest] for s in sequences], 64, device).tolist()
+    return score_rows(model, [s[:longest] for s in sequences], 64, device).tolist()
 
 
 @torch.no_grad()
 def ranking_accuracy(model: RewardModel, lists: Sequence[RankedList], size: int, device: str = "cpu") -> dict[str, Any]:
     """How often the order of scores is the order of ranks; equal scores count as wrong."""
-    flat = score_sequences(model, [s for one in lists for s in one.sequences], size, device).tolist()
+    flat = score_rows(model, [s for one in lists for s in one.sequences], size, device).tolist()
     pairs = right = ends = ends_right = exact = whole = 0
     for one in lists:
         scores, flat = flat[: len(one.ranks)], flat[len(one.ranks) :]
@@ -135,8 +160,8 @@ def examine(
         part = prompts[first : first + size]
         ids, mask = left_padded(part, sampling["pad_token_id"], device)
         rngs = [generator(seed, "examine", 0, first + i) for i in range(len(part))]
-        whole = [torch.arange(len(part))]
-        rollout = collect(roles, ids, mask, partition=lambda _: whole, rng=rngs, **sampling)  # noqa: B023
+        rows = [r for r in torch.arange(len(part)).tensor_split(dist.world_size()) if len(r)]
+        rollout = collect(roles, ids, mask, partition=lambda _: rows, rng=rngs, **sampling)  # noqa: B023
         kl = exact_kl(roles, rollout, sampling["temperature"]).tolist()
         texts = rollout.texts(tokenizer)
         golds = gold(*texts, rollout.has_eos.tolist()) if gold else [None] * len(part)
@@ -166,6 +191,13 @@ def frontier_share(kl: float, gold: float) -> float:
 @torch.no_grad()
 def exact_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:  # (B,)
     """Nats per answer: Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) over the whole vocabulary, along the answer drawn."""
+    own = dist.mine(torch.arange(len(rollout)))
+    with roles.gathered(roles.policy, roles.ref_policy):
+        found = _exact_kl(roles, rollout.rows(own), temperature) if len(own) else torch.zeros(0)
+    return dist.all_rows(found, len(rollout))
+
+
+def _exact_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:  # (B,)
     both = rollout.input_ids, rollout.attention_mask
     R = rollout.responses.shape[1]
     hidden, ref_hidden = (response_positions(m.hidden(*both), R).flatten(0, 1) for m in roles[:2])  # (B·R, C) each

@@ -4,18 +4,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from minirlhf.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
+from minirlhf import dist
+from minirlhf.engine import Engine, Tensors
 from minirlhf.errors import NonFiniteError
-from minirlhf.optim import adamw, clip_grad_norm, lr_factor, set_lr
+from minirlhf.optim import adamw, lr_factor, set_lr
 from minirlhf.run import Run
 
-Losses = Callable[[int], Iterator[tuple[Tensor, int]]]  # step → the loss of each microbatch and its count of tokens
+Losses = Callable[[int], Iterator[tuple[Tensor, int]]]  # step → loss and tokens of each microbatch of this rank
 
 
 def fit(
     run: Run,
+    engine: Engine,
     model: nn.Module,
     losses: Losses,  # each already divided by the count of the whole optimizer step: their gradients add up
     validate: Callable[[], dict[str, float]],
@@ -26,16 +29,14 @@ def fit(
     """Take run.steps optimizer steps of AdamW, from the newest checkpoint when the run is resumed; returns what
     `validate` said last."""
     o, steps = run.config.optim, run.config.run.steps
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
+    optimizer = adamw(model.named_parameters(), lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
     found: dict[str, float] = {}
     start, tensors, _ = run.restore() or (0, {}, {})
     if tensors:
-        load_module(model, tensors["model"])
-        load_optimizer(optimizer, named, tensors["optimizer"])
+        engine.load({"model": model}, optimizer, tensors)
 
-    def snapshot() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        return {"model": module_tensors(model), "optimizer": optimizer_tensors(optimizer, named)}, {}
+    def snapshot() -> tuple[Tensors, dict[str, Any]]:
+        return engine.state({"model": model}, optimizer), {}
 
     for step in run.steps(start, snapshot):
         began, loss, tokens = time.perf_counter(), 0.0, 0
@@ -43,7 +44,8 @@ def fit(
         for part, n in losses(step):
             part.backward()
             loss, tokens = loss + float(part.detach()), tokens + n
-        norm = float(clip_grad_norm([p for _, p in named], o.max_grad_norm))
+        loss, tokens = dist.all_sum(torch.tensor([loss, tokens], dtype=torch.float64)).tolist()
+        norm = float(engine.clip(model, o.max_grad_norm))
         if norm - norm != 0:
             raise NonFiniteError(f"step {step}: the gradient is NaN or infinite; lower optim.lr")
         lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=steps, final=o.final_lr)
@@ -54,7 +56,8 @@ def fit(
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": tokens / seconds, "time/step_s": seconds}
         if step % (eval_every or max(1, steps // 10)) == 0 or step == steps:
             model.eval()
-            found = validate()
+            with engine.gathered(model):
+                found = validate()
             metrics |= found
         run.log(step, metrics, words)
     model.eval()

@@ -54,7 +54,7 @@ class Group:
     empty. A part keeps the rank of the whole, (1, k) of a matrix and (k,) of a vector: "matrices decay" holds for both.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype, traffic: Traffic) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype, device: Any, traffic: Traffic) -> None:
         self.dtype, self.traffic, self.W = dtype, traffic, dist.world_size()
         self.trains = parameters[0].requires_grad
         self.shapes = [p.shape for p in parameters]
@@ -65,7 +65,7 @@ class Group:
         self.bounds = [min(max(x - low, 0), self.n) for x in (*starts, total)]  # of the parameters in the shard
         self.firsts = [max(low - x, 0) for x in starts]  # the element of each parameter where its part begins
         flat = torch.cat([p.detach().flatten() for p in parameters] + [parameters[0].new_zeros(self.sizes[-1])])
-        self.shard = flat[low : low + self.n].clone()  # (n,)
+        self.shard = flat[low : low + self.n].to(device, copy=True)  # (n,)
         cut = zip(parameters, self.split(self.shard), strict=True)
         self.parts = [nn.Parameter(x[None] if p.ndim >= 2 else x, requires_grad=self.trains) for p, x in cut]
         self.grad = torch.empty(0)  # (n,) the storage of the parts' gradients
@@ -343,11 +343,14 @@ class Sharded:
                 x.view(-1).copy_(tensors[name].reshape(-1)[firsts[p] : firsts[p] + x.numel()])
 
 
-def shard(models: Sequence[Any], *, dtype: torch.dtype | None = None, checkpoint: bool = False) -> list[Sharded]:
+def shard(
+    models: Sequence[Any], *, device: Any = None, dtype: torch.dtype | None = None, checkpoint: bool = False
+) -> list[Sharded]:
     """Shard models in place; those that share parameters (a base under several adapters) in one call.
 
-    `dtype` is what the linear layers of the blocks are gathered in; run the model under autocast of the same dtype.
-    All else is gathered as it is: norms, embedding, heads, adapters. `checkpoint` keeps no activations of blocks.
+    `device` is where the shards live. `dtype` is what the linear layers of the blocks are gathered in; run the model
+    under autocast of the same dtype. All else is gathered as it is: norms, embedding, heads, adapters. `checkpoint`
+    keeps no activations of blocks.
     """
     traffic = Traffic()
     groups: dict[nn.Parameter, Group] = {}  # by first parameter
@@ -363,7 +366,7 @@ def shard(models: Sequence[Any], *, dtype: torch.dtype | None = None, checkpoint
                 kinds.setdefault((p.requires_grad, dtype if low else p.dtype, p.dtype, holders[p]), []).append(p)
             for kind, members in kinds.items():
                 if members[0] not in groups:
-                    groups[members[0]] = group = Group(members, kind[1], traffic)
+                    groups[members[0]] = group = Group(members, kind[1], device, traffic)
                     parts |= zip(members, group.parts, strict=True)
             own = [groups[members[0]] for members in kinds.values()]
             unit = Unit(s, index, own, [[where[p] for p in members] for members in kinds.values()])

@@ -400,7 +400,7 @@ class Trunk(nn.Module):
             x = F.dropout(x, self.config.embed_dropout, self.training)
         for i, block in enumerate(self.blocks):
             args = (x, view.masks[self.config.window(i)], view.rope, cache, i)
-            if self.checkpoint and self.training and cache is None:
+            if self.checkpoint and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args)

@@ -1,12 +1,10 @@
 """AdamW's parameter groups, learning-rate schedules and gradient clipping."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-
-from minirlhf import dist
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -48,15 +46,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients so that their joint 2-norm is at most max_norm; returns the norm before, on the device."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
-
-
-def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Add gradients over ranks: losses are already divided by the global count, so the sum is the gradient."""
-    if dist.world_size() > 1:
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            p.grad.copy_(dist.all_sum(p.grad))
+def clip_model(model: nn.Module, max_norm: float) -> Tensor:  # () the norm before
+    """In one process: scale a model's gradients so that their joint 2-norm is at most max_norm."""
+    return nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm)

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from minirlhf import dist
 from minirlhf.advantage import explained_variance, gae
 from minirlhf.config import PPOSection
+from minirlhf.data import cut
 from minirlhf.errors import NonFiniteError
 from minirlhf.heads import ValueModel
 from minirlhf.loss import is_clipped, policy_loss, value_loss
 from minirlhf.masked import masked_mean, masked_sum, whiten
 from minirlhf.model import CausalLM
 from minirlhf.ops import kl_estimate
-from minirlhf.optim import clip_grad_norm
+from minirlhf.optim import clip_model
 from minirlhf.reward import shape_rewards
 from minirlhf.rng import generator
 from minirlhf.rollout import Rollout, policy_stats, state_values
 
-Plan = list[list[Tensor]]  # one epoch: minibatches, each cut into microbatches of row indices
+Plan = list[list[Tensor]]  # one epoch: minibatches, each cut into microbatches of row indices, for W ranks in turn
+Clip = Callable[[nn.Module, float], Tensor]  # model, largest norm → norm before
 Watch = Callable[[Tensor, Tensor, Tensor], None]  # (b,), (b, R), (b, R)
 
 
@@ -40,6 +42,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     temperature: float,  # τ of the sampler
     max_grad_norm: float,
     impl: str = "auto",
+    clip: Clip = clip_model,
     watch: Watch | None = None,  # the ledger's eye: called with the rows, log-probs and values of every microbatch
 ) -> dict[str, float]:
     """Improve policy and value model on one rollout; returns the metrics of the iteration."""
@@ -58,12 +61,12 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
         for microbatches in minibatches:
             steps.append(TokenSums())
             rows = torch.cat(microbatches)
-            n, n_fitted = (dist.all_sum(x[rows].sum()) for x in (actions, fitted))  # real tokens of this optimizer step
+            n, n_fitted = (x[rows].sum() for x in (actions, fitted))  # real tokens of this optimizer step
             if o.whiten_over == "minibatch":
                 advantages[rows], returns[rows] = estimate(
                     rewards[rows], rollout.values[rows], actions[rows], states[rows], o
                 )
-            for index in microbatches:
+            for index in dist.mine(microbatches):
                 part = rollout.rows(index)
                 R = part.responses.shape[1]
                 m, f, A, old = actions[index, :R], fitted[index, :R], advantages[index, :R], part.old_logprobs
@@ -74,7 +77,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 vf = value_loss(values, part.values, returns[index, :R], clip_range=o.value_clip_range or None)
                 bonus = o.entropy_coef * stats["entropy"] if o.entropy_coef else 0.0
                 if o.loss_mean == "microbatch":  # the mean of means: tokens weigh more where they are few
-                    n, n_fitted = (x.sum() * len(microbatches) * dist.world_size() for x in (m, f))
+                    n, n_fitted = (x.sum() * len(microbatches) for x in (m, f))
                 (masked_sum(pg - bonus, m) / n + o.value_coef * masked_sum(vf, f) / n_fitted).backward()
                 ratio = (logprobs - old).exp()
                 steps[-1].add(
@@ -84,7 +87,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 steps[-1].add(f, value=vf)
                 if watch:
                     watch(index, logprobs.detach(), values.detach())
-            optimizer_step(optimizer, (policy, value_model), max_grad_norm)
+            optimizer_step(optimizer, (policy, value_model), max_grad_norm, clip)
         if o.stop_kl and mean_of(steps[-len(minibatches) :], "kl") > o.stop_kl:
             break
 
@@ -144,11 +147,12 @@ def mean_of(parts: Sequence[TokenSums], name: str) -> float:
     return float(dist.all_sum(total) / dist.all_sum(count))
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, models: Sequence[nn.Module], max_grad_norm: float) -> None:
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, models: Sequence[nn.Module], max_grad_norm: float, clip: Clip
+) -> None:
     """Clip each model's gradient by itself, so that the value loss cannot shrink the policy's step; then step."""
     for model in models:
-        trained = [p for p in model.parameters() if p.grad is not None]
-        if trained and not torch.isfinite(clip_grad_norm(trained, max_grad_norm)):
+        if not torch.isfinite(clip(model, max_grad_norm)):
             raise NonFiniteError(f"gradient of the {type(model).__name__} is NaN or infinite; lower optim.lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -160,7 +164,7 @@ def epoch_plans(lengths: Tensor, options: PPOSection, seed: int, iteration: int)
     for epoch in range(options.epochs):
         order = torch.randperm(len(lengths), generator=generator(seed, "minibatches", iteration, epoch))
         minibatches = [m[lengths[m].argsort(stable=True)] for m in order.split(options.minibatch_size)]
-        plans.append([list(m.split(options.microbatch_size)) for m in minibatches])
+        plans.append([[m[i] for i in cut(len(m), options.microbatch_size)] for m in minibatches])
     return plans
 
 

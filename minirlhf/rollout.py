@@ -7,6 +7,7 @@ place where positions become answer tokens is `response_positions`.
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minirlhf import dist
 from minirlhf.data import decode
 from minirlhf.errors import CheckpointError
-from minirlhf.generate import generate
+from minirlhf.generate import Generation, generate
 from minirlhf.heads import RewardModel, ValueModel
 from minirlhf.model import CausalLM
 from minirlhf.ops import head_stats
@@ -145,6 +147,8 @@ class Roles(NamedTuple):
     ref_policy: CausalLM
     value_model: ValueModel
     score: Callable[[Rollout], Tensor]  # → (B,)
+    reward_model: RewardModel | None = None  # behind `score`
+    gathered: Callable[..., AbstractContextManager[Any]] = lambda *models: nullcontext()  # in it they are whole
 
 
 def reward_model_score(model: RewardModel) -> Callable[[Rollout], Tensor]:
@@ -169,7 +173,8 @@ def collect(
     repeats, and its first ratio is 1 in every bit.
     """
     stop = None if score_at == "column" else eos_token_id
-    made = generate(roles.policy, prompts, prompt_mask, eos_token_id=stop, **sampling)
+    with roles.gathered(roles.policy):
+        made = sample_rows(roles.policy, prompts, prompt_mask, eos_token_id=stop, **sampling)
     ends = (made.tokens == eos_token_id) & made.mask  # (B, R)
     answer = made.mask & (ends.cumsum(1) - ends.long() == 0)  # (B, R) no EOS before
     blank = torch.zeros_like(made.logprobs)  # (B, R)
@@ -180,20 +185,48 @@ def collect(
     return judge(rollout, partition(rollout.lengths), roles, temperature=sampling["temperature"], impl=impl)
 
 
+def sample_rows(
+    model: CausalLM,
+    prompts: Tensor,  # (B, P) left-padded
+    prompt_mask: Tensor,  # (B, P)
+    *,
+    rng: Any = None,  # a generator for each answer; with one rank also as `generate` takes it
+    **sampling: Any,
+) -> Generation:  # (B · answers, R) each
+    """`generate`, each rank its prompts. No rank waits for another before all are done."""
+    if dist.world_size() == 1:
+        return generate(model, prompts, prompt_mask, rng=rng, **sampling)
+    B, K = len(prompts), sampling.get("num_return_sequences", 1)
+    own = dist.mine(range(B))
+    rows = list(own) or [0]  # a rank without a prompt draws an answer that does not count
+    streams = [rng[i * K + k] for i in rows for k in range(K)]
+    made = generate(model, prompts[rows], prompt_mask[rows], rng=streams, **sampling)
+    R = int(dist.all_max(torch.tensor(made.tokens.shape[1])))
+    tokens = F.pad(made.tokens, (0, R - made.tokens.shape[1]), value=sampling["pad_token_id"])
+    parts = (x.view(len(rows), K, -1)[: len(own)] for x in (tokens, made.mask, made.logprobs))
+    return Generation(*(dist.all_rows(x, B).flatten(0, 1) for x in parts))
+
+
 @torch.no_grad()
 def judge(
     rollout: Rollout, parts: Sequence[Tensor], roles: Roles, *, temperature: float, impl: str = "auto"
 ) -> Rollout:
-    """Every role's opinion of every part: old and reference log-probs, values, scores."""
+    """Every role's opinion of every part: old and reference log-probs, values, scores. Part i is of rank i mod W."""
     how: dict[str, Any] = {"temperature": temperature, "impl": impl}
-    out = {name: getattr(rollout, name).clone() for name in ("old_logprobs", "ref_logprobs", "values", "scores")}
-    for index in parts:
-        part = rollout.rows(index)
-        R = part.responses.shape[1]
-        out["old_logprobs"][index, :R] = policy_stats(roles.policy, part, **how)["logprobs"]
-        out["ref_logprobs"][index, :R] = policy_stats(roles.ref_policy, part, **how)["logprobs"]
-        out["values"][index, :R] = state_values(roles.value_model, part)
-        out["scores"][index] = roles.score(part).to(out["scores"])
+    asked: dict[str, tuple[Any, Callable[[Rollout], Tensor]]] = {
+        "old_logprobs": (roles.policy, lambda part: policy_stats(roles.policy, part, **how)["logprobs"]),
+        "ref_logprobs": (roles.ref_policy, lambda part: policy_stats(roles.ref_policy, part, **how)["logprobs"]),
+        "values": (roles.value_model, lambda part: state_values(roles.value_model, part)),
+        "scores": (roles.reward_model, roles.score),
+    }
+    out: dict[str, Any] = {}
+    for name, (model, ask) in asked.items():
+        found = torch.zeros_like(getattr(rollout, name))
+        with roles.gathered(model):
+            for index in dist.mine(parts):
+                said = ask(rollout.rows(index)).to(found)
+                found[(index, *map(slice, said.shape[1:]))] = said
+        out[name] = dist.all_sum(found)
     return replace(rollout, **out)
 
 

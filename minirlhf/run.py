@@ -51,7 +51,7 @@ class Run:
     def __init__(self, config: Any, name: str):
         self.config, self.name = config, name
         self.signal = 0  # exit code asked for by a signal, 0: none
-        self.training = False
+        self.training = self.goes_aside = False
         self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         self.dropped: list[dict[str, Any]] = []  # rows of data files that were left out, and why
         self.folder = Path(config.run.dir or f"runs/{name}")
@@ -59,9 +59,23 @@ class Run:
         self._lock: Any = None
         for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
             signal.signal(number, lambda *_, code=code: self._on_signal(code))
-        self._claim()
+        self._claim_once()
 
     # ---- folder ----
+
+    def _claim_once(self) -> None:
+        """Rank 0 claims the folder, and all know how that went."""
+        refusal = ""
+        if dist.rank() == 0:
+            try:
+                self._claim()
+            except UsageError as e:
+                refusal = str(e)
+        said = {"refusal": refusal, "aside": self.goes_aside, "finished": self.finished}
+        said = json.loads(dist.text_of_first(json.dumps(said)))
+        if said["refusal"]:
+            raise UsageError(said["refusal"])
+        self.goes_aside, self.nothing_to_do = said["aside"], said["finished"] and not said["aside"]
 
     def _claim(self) -> None:
         """Make sure that the folder can become ours, or raise UsageError with the reason. Changes nothing in it."""
@@ -157,11 +171,14 @@ class Run:
 
         To be called once everything is loaded: from here on the folder is this run's.
         """
-        self._begin()
+        if dist.rank() == 0:
+            self._begin()
+        dist.wait_for_first("begun")
         found = checkpoint.load_newest(self.folder / "checkpoints") if self.config.run.resume else None
         step = found[0] if found else 0
-        for log in LOGS:
+        for log in LOGS if dist.rank() == 0 else ():
             cut_after(self.folder / log, step if found else -1)
+        dist.wait_for_first("cut")
         self.history = self.metrics()
         return found
 
@@ -172,39 +189,50 @@ class Run:
         for step in range(start + 1, run.steps + 1):
             torch.manual_seed(derive_seed(run.seed, "dropout", step, dist.rank()))  # for dropout, nothing else
             yield step
+            code = int(dist.all_max(torch.tensor(self.signal)))  # all ranks end after the same step
             due = step == run.steps or (run.save_every and step % run.save_every == 0)
-            if due or self.signal:
-                for log in filter(Path.exists, (self.folder / name for name in LOGS)):
-                    checkpoint.fsync(log)  # never behind the checkpoint
-                checkpoint.save(self.folder / "checkpoints", step, *snapshot(), keep=run.keep, merits=self._merits())
-            if self.signal:
-                raise SystemExit(self.signal)
+            if due or code:
+                self._save(step, *snapshot())
+            if code:
+                raise SystemExit(code)
         self.training = False
+
+    def _save(self, step: int, tensors: checkpoint.Tensors, state: dict[str, Any]) -> None:
+        """Rank 0 writes a checkpoint."""
+        if dist.rank() == 0:
+            for log in filter(Path.exists, (self.folder / name for name in LOGS)):
+                checkpoint.fsync(log)  # never behind the checkpoint
+            how = {"keep": self.config.run.keep, "merits": self._merits()}
+            checkpoint.save(self.folder / "checkpoints", step, tensors, state, **how)
+        dist.wait_for_first(f"saved {step}")
 
     def log(self, step: int, metrics: dict[str, Any], words: Sequence[str]) -> None:
         """A line of metrics.jsonl when it is due, and the terminal's line always."""
         run = self.config.run
         due = step == 1 or step % run.log_every == 0 or step == run.steps
-        if due and dist.rank() == 0:
+        if due:
             finite = {
                 k: None if isinstance(v, float) and v - v != 0 else v for k, v in metrics.items()
             }  # inf, NaN: null
             self.history.append({"step": step, **finite})
-            append_line(self.folder / "metrics.jsonl", self.history[-1])
+            self._append("metrics.jsonl", self.history[-1])
         self.progress.show(step, metrics, tuple(words), keep=due)
 
     def alarm(self, step: int, raised: Sequence[str], *, stop: bool) -> None:
         """A line of alarms.jsonl and of the terminal for each; the end of the run where it is to stop at them."""
         for words in raised:
-            append_line(self.folder / "alarms.jsonl", {"step": step, "alarm": words})
+            self._append("alarms.jsonl", {"step": step, "alarm": words})
             self.say(f"alarm at step {step}: {words}")
         if stop and dist.all_max(torch.tensor(len(raised), device=self.config.run.device)):
             raise AlarmError(f"step {step}: {raised[0] if raised else 'an alarm on rank 0'}")
 
     def sample(self, step: int, **record: Any) -> None:
         """A line of samples.jsonl."""
+        self._append("samples.jsonl", {"step": step, **record})
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
         if dist.rank() == 0:
-            append_line(self.folder / "samples.jsonl", {"step": step, **record})
+            append_line(self.folder / name, record)
 
     def say(self, text: str) -> None:
         """A line on the terminal, below the live one."""
@@ -223,12 +251,16 @@ class Run:
     def finish(self, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a temporary folder, which then becomes final/."""
         temporary, final = self.folder / ".tmp_final", self.folder / "final"
+        if dist.rank() != 0:
+            dist.wait_for_first("final")
+            return final
         shutil.rmtree(temporary, ignore_errors=True)
         write(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             checkpoint.fsync(path)
         temporary.rename(final)
         checkpoint.fsync(self.folder)
+        dist.wait_for_first("final")
         return final
 
     def _on_signal(self, code: int) -> None:
@@ -238,7 +270,11 @@ class Run:
 
 
 def run_script(
-    main: Callable[[Any, Run], None], config_class: type, name: str, argv: Sequence[str] | None = None
+    main: Callable[[Any, Run], None],
+    config_class: type,
+    name: str,
+    dry_run: Callable[[Any, str], str],  # config, name → the table of run.dry_run
+    argv: Sequence[str] | None = None,
 ) -> int:
     """Parse, prepare, run; a user's mistake is one line on stderr and its exit code, never a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -248,10 +284,13 @@ def run_script(
     config: Any = None
     try:
         config = load_config(config_class, argv)
+        if config.run.dry_run:
+            print(dry_run(config, name))  # noqa: T201
+            return 0
         prepare_torch(config.run)
         run = Run(config, name)
-        if run.finished and not run.goes_aside:
-            print(f"{run.folder} is finished; nothing to resume")  # noqa: T201
+        if run.nothing_to_do:
+            run.say(f"{run.folder} is finished; nothing to resume")
             return 0
         main(config, run)
         return 0
@@ -261,22 +300,25 @@ def run_script(
         return complain(e, 4, config)
     except torch.OutOfMemoryError as e:
         return complain(f"out of memory: lower {name}.microbatch_size or sample.max_new_tokens ({e})", 4, config)
+    except RuntimeError as e:
+        if not dist.is_lost(e):
+            raise
+        return dist.leave(complain(f"{dist.silent_ranks()} ({str(e).splitlines()[0]})", 1, config))
+    finally:
+        dist.stop()
 
 
 def complain(error: object, code: int, config: Any) -> int:
     """One line on stderr; the traceback only when asked for."""
     if config is not None and config.run.debug:
         traceback.print_exc()
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)  # noqa: T201
+    rank = f"rank {dist.rank()}: " if dist.rank() else ""
+    print(f"error: {rank}" + " ".join(str(error).split()), file=sys.stderr, flush=True)  # noqa: T201
     return code
 
 
 def prepare_torch(run: Any) -> None:
     """Device, threads and exactness, before any tensor is made."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("several ranks are not supported yet; start the script without torchrun")
-    if run.engine != "none":
-        raise UsageError(f"run.engine {run.engine} is not supported yet; use none")
     if run.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"run.device {run.device}: no CUDA device is available; use --run.device cpu")
     try:
@@ -286,6 +328,7 @@ def prepare_torch(run: Any) -> None:
     if run.threads:
         torch.set_num_threads(run.threads)
     torch.set_float32_matmul_precision("highest")
+    dist.start(run.device)
 
 
 def environment() -> dict[str, Any]:
@@ -301,7 +344,9 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Complete or absent."""
+    """Complete or absent; rank 0 writes."""
+    if dist.rank() != 0:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
     write_file(temporary, [text.encode()])

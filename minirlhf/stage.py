@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from minirlhf import review_world
+from minirlhf import dist, review_world
 from minirlhf.adapt import (
     LOADED,
     META,
@@ -29,21 +29,21 @@ from minirlhf.data import decode, encode_prompts, left_padded
 from minirlhf.errors import CheckpointError, DataError, UsageError
 from minirlhf.evaluate import Gold, score_texts
 from minirlhf.formats import read_records
-from minirlhf.generate import generate
 from minirlhf.heads import ScalarModel
 from minirlhf.lora import adapter_view, adapters
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.probe import TextScore
+from minirlhf.report import write_report
 from minirlhf.reward import load_reward_fn
 from minirlhf.rng import generator
-from minirlhf.rollout import Roles, Rollout, reward_model_score
+from minirlhf.rollout import Roles, Rollout, reward_model_score, sample_rows
 from minirlhf.run import Run, write_json
 from minirlhf.templates import Template, get_template
 from minirlhf.tokenizer import Tokenizer
 
 DEFAULT_REWARD = "runs/rm/final"
-VALIDATION = 512  # records that the built-in task adds for validation
+VALIDATION = 2048  # records that the built-in task adds for validation
 
 
 class Loaded(NamedTuple):
@@ -110,12 +110,19 @@ def save(folder: Path, model: CausalLM | ScalarModel, tokenizer: Tokenizer, temp
     write_json(folder / META, {"template": template.name, "template_sha256": template.sha256, **meta, **found})
 
 
-def save_ppo(folder: Path, policy: Loaded, roles: Roles) -> None:
+def save_ppo(folder: Path, policy: Loaded, critic: ScalarModel) -> None:
     """The policy, and beside it the value model, so that PPO can go on from here."""
     save(folder, policy.model, policy.tokenizer, policy.template)
-    found = write_model(folder / "value_model", roles.value_model)
+    found = write_model(folder / "value_model", critic)
     if found:
         write_json(folder / "value_model" / META, found)
+
+
+def conclude(run: Run, write: Callable[[Path], None]) -> None:
+    """`final/`, the report, and where they are."""
+    final = run.finish(write)
+    if dist.rank() == 0:
+        run.say(f"model: {final}\nreport: {write_report(run.folder)}")
 
 
 def require_same_text(policy: Loaded, reward: Loaded, path: str) -> None:
@@ -155,7 +162,7 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
     critic = value_model(policy, reward_model, c)
     for model in (policy, ref_policy, critic):
         model.eval()  # no dropout: old and new log-probs must agree
-    return Roles(policy, ref_policy, critic, score), loaded._replace(model=policy), of_texts
+    return Roles(policy, ref_policy, critic, score, reward_model), loaded._replace(model=policy), of_texts
 
 
 def score_limit(config: Any) -> float:
@@ -266,7 +273,7 @@ def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]
         rows = range(drawn, drawn + 512)
         ids, mask = left_padded([encoded[r % len(prompts)] for r in rows], how["pad_token_id"], config.run.device)
         rngs = [generator(seed, f"pair/{purpose}", 0, 2 * r + side) for r in rows for side in (0, 1)]
-        made = generate(loaded.model, ids, mask, num_return_sequences=2, rng=rngs, **how)
+        made = sample_rows(loaded.model, ids, mask, num_return_sequences=2, rng=rngs, **how)
         texts = decode(made.tokens, made.mask, loaded.tokenizer)
         for r, a, b in zip(rows, texts[::2], texts[1::2], strict=True):
             pair = review_world.judge(
@@ -305,10 +312,5 @@ def gold_reward(config: Any) -> Gold | None:
 def report_counts(name: str, counts: dict[str, int], total: int) -> None:
     """Say what did not go in as it was."""
     for reason, n in counts.items():
-        if n:
+        if n and dist.rank() == 0:
             print(f"{name}: {n} of {total} {reason.replace('_', ' ')}")  # noqa: T201
-
-
-def precision(run: Any) -> torch.autocast:
-    """bf16 for matrix products when asked for; weights, norms and losses stay fp32."""
-    return torch.autocast(run.device.split(":")[0], torch.bfloat16, enabled=run.dtype == "bf16")

@@ -90,12 +90,16 @@ class Tokenizer:
         """Rows an embedding needs: the largest id and one."""
         return max(self._full.get_vocab(with_added_tokens=True).values()) + 1
 
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return self._full.to_str(pretty=True)
+
     # ---- files ------------------------------------------------------------------------------------------------------
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of all that decides ids: tokenizer.json without its post-processor, which we never run, and names."""
-        data = {**json.loads(self._full.to_str()), "post_processor": None, "names": self.names}
+        data = {**json.loads(self.to_json()), "post_processor": None, "names": self.names}
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -105,7 +109,7 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         files = {
-            "tokenizer.json": self._full.to_str(pretty=True),
+            "tokenizer.json": self.to_json(),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
             "special_tokens_map.json": json.dumps(self.names, indent=2, ensure_ascii=False),
         }

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BUDGET = 256 * 2**20  # bytes of fp32 logits that `head_stats` holds at once
+ROWS = 2048  # rows of logits that `head_stats` holds at once, at most
+BUDGET = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}  # their bytes in fp32: what caches hold, or what launches cost
+LOWEST = -1e30  # for -inf, which would make 0·(-inf) of what is excluded
 
 
 def token_logprobs(
@@ -137,10 +139,10 @@ def _head_stats_torch(  # noqa: PLR0913  (as `head_stats`)
     ref_weight: Tensor | None,
     want: tuple[str, ...],
 ) -> tuple[Tensor | None, ...]:  # the fields of HeadStats, (N,) each
-    """A chunk of rows at a time; the backward pass makes each chunk's logits again, unless the weight is frozen."""
-    hidden, weight = _factors(hidden, weight)
+    """A tile of the logits at a time; the backward pass makes each again, unless the weight is frozen."""
+    hidden = hidden.to(_product_dtype(hidden, weight))
     if ref_hidden is not None and ref_weight is not None:
-        ref_hidden, ref_weight = _factors(ref_hidden, ref_weight)
+        ref_hidden = ref_hidden.to(_product_dtype(ref_hidden, ref_weight))
     plan = _Plan(want, temperature, softcap, torch.is_grad_enabled())
     return _Head.apply(hidden, weight, bias, targets, ref_hidden, ref_weight, plan)
 
@@ -150,16 +152,6 @@ class _Plan(NamedTuple):
     temperature: float
     softcap: float | None
     grad: bool  # a backward pass may come
-
-
-class _Chunk(NamedTuple):
-    """What n rows hold while they are worked on."""
-
-    targets: Tensor  # (n,)
-    logp: Tensor  # (n, V)
-    bend: Tensor | None  # (n, V) dv/du = 1 - (v/softcap)²; None without softcap
-    gap: Any  # (n, V) log p - log q; None unless kl is wanted
-    stats: dict[str, Tensor]  # (n,) each
 
 
 class _Head(torch.autograd.Function):
@@ -175,22 +167,16 @@ class _Head(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         """Statistics; with a frozen weight also the slopes d statistic/d hidden."""
         *inputs, plan = args
-        hidden, weight = inputs[:2]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, *need_others = (plan.grad and need for need in ctx.needs_input_grad[:3])
-        ctx.frozen = need_hidden and not any(need_others)
-        out = {name: hidden.new_empty(len(hidden), dtype=dtype) for name in plan.want}
-        slopes = {name: hidden.new_empty(hidden.shape, dtype=dtype) for name in plan.want if ctx.frozen}
-        for rows in _row_chunks(len(hidden), len(weight)):
-            chunk = _chunk(rows, inputs, plan)
-            for name in plan.want:
-                out[name][rows] = chunk.stats[name]
-            for name, slope in slopes.items():
-                slope[rows] = _product(_logit_gradient(chunk, {name: torch.ones_like(out[name][rows])}, plan), weight)
+        frozen = need_hidden and not any(need_others)
+        sums = _Sums(inputs, plan, slopes=frozen)
         ctx.set_materialize_grads(False)
-        ctx.plan = plan
-        ctx.save_for_backward(*(slopes.values() if ctx.frozen else inputs))
-        return tuple(out.get(name) for name in HeadStats._fields)
+        ctx.plan, ctx.frozen = plan, frozen
+        if frozen:
+            ctx.save_for_backward(*(sums.slope(name) for name in plan.want))
+        else:
+            ctx.save_for_backward(*inputs, *sums.norms())
+        return tuple(sums.statistic(name) if name in plan.want else None for name in HeadStats._fields)
 
     @staticmethod
     @once_differentiable
@@ -202,85 +188,199 @@ class _Head(torch.autograd.Function):
         if ctx.frozen:
             slopes = dict(zip(ctx.plan.want, ctx.saved_tensors, strict=True))
             return sum(g[:, None] * slopes[name] for name, g in given.items()), *(None,) * 6
-        inputs = ctx.saved_tensors
+        inputs, norms = ctx.saved_tensors[:6], _Norms(*ctx.saved_tensors[6:])
         hidden, weight, bias = inputs[:3]
-        dtype, (need_hidden, need_weight, need_bias) = next(iter(given.values())).dtype, ctx.needs_input_grad[:3]
-        dh = torch.empty_like(hidden, dtype=dtype) if need_hidden else None
+        dtype, (need_hidden, need_weight, need_bias) = norms.m.dtype, ctx.needs_input_grad[:3]
+        dh = torch.zeros_like(hidden, dtype=dtype) if need_hidden else None
         dw = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         db = torch.zeros_like(bias, dtype=dtype) if need_bias else None
-        for rows in _row_chunks(len(hidden), len(weight)):
-            chunk = _chunk(rows, inputs, ctx.plan)
-            du = _logit_gradient(chunk, {name: g[rows] for name, g in given.items()}, ctx.plan)  # (n, V)
+        for rows, cols in _tiles(len(hidden), len(weight), hidden.device.type):
+            du = _logit_gradient(rows, cols, inputs, norms, given, ctx.plan)  # (n, v)
             if dh is not None:
-                dh[rows] = _product(du, weight)
+                _add_product(dh[rows], du, weight[cols].to(hidden.dtype))
             if dw is not None:
-                dw += _product(du.T, hidden[rows])
+                _add_product(dw[cols], du.T, hidden[rows])
             if db is not None:
-                db += du.sum(0)
+                db[cols] += du.sum(0)
         return dh, dw, db, *(None,) * 4
 
 
-def _row_chunks(N: int, V: int) -> Iterator[slice]:
-    """Rows within the budget, but no fewer than 256, which would starve the product; and never all rows in one."""
-    size = max(1, min(max(BUDGET // (4 * V), 256), -(-N // 4)))
-    return (slice(start, start + size) for start in range(0, N, size))
+class _Norms(NamedTuple):
+    """What makes a row's logits again log-probs, (N,) each; see `_Sums`."""
+
+    m: Tensor
+    s: Tensor
+    x: Tensor | None
+    d: Tensor | None
+    ref_m: Tensor | None
 
 
-def _chunk(rows: slice, inputs: Sequence[Any], plan: _Plan) -> _Chunk:
-    """Log-probs and statistics of some rows."""
-    hidden, weight, bias, targets, ref_hidden, ref_weight = inputs
-    logp, lse, bend = _log_softmax(hidden[rows], weight, bias, plan)
-    stats, gap = {"lse": lse, "logprobs": logp.gather(1, targets[rows][:, None])[:, 0]}, None
-    if "entropy" in plan.want:
-        stats["entropy"] = -(logp.exp() * logp).sum(1)
-    if "kl" in plan.want:
-        gap = logp - _log_softmax(ref_hidden[rows], ref_weight, None, plan)[0]  # (n, V)
-        stats["kl"] = (logp.exp() * gap).sum(1)
-    return _Chunk(targets[rows], logp, bend, gap, stats)
+class _Sums:
+    """Sums over the vocabulary, tile after tile, the maximum so far taken out; with z' the reference's logits:
+
+    m = max z   s = Σ e^(z-m)   x = Σ e^(z-m) (z-m)   d = Σ e^(z-m) g,  g = (z-m) - (z'-m')   a = z of the target
+
+    the online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867) with two more sums. A maximum that rises, m by δ
+    and m' by δ', turns them into e^(-δ) s, e^(-δ) (x - δ s) and e^(-δ) (d - (δ - δ') s). The same sums over W_i in
+    place of 1, `vectors`, give the slopes d statistic/d hidden without a second look at the logits.
+    """
+
+    def __init__(self, inputs: Sequence[Any], plan: _Plan, *, slopes: bool) -> None:
+        """Run through all tiles."""
+        hidden, weight = inputs[:2]
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        names = ["d"] * ("kl" in plan.want) + ["x"] * ("entropy" in plan.want) + ["s"]
+        self.inputs, self.plan = inputs, plan
+        self.m = hidden.new_full((len(hidden),), LOWEST, dtype=dtype)
+        self.ref_m, self.ref_s, self.a = self.m.clone(), torch.zeros_like(self.m), torch.zeros_like(self.m)
+        self.sums = {name: torch.zeros_like(self.m) for name in names}
+        self.vectors = {name: torch.zeros_like(hidden, dtype=dtype) for name in names if slopes}
+        for rows, cols in _tiles(len(hidden), len(weight), hidden.device.type):
+            self._add(rows, cols)
+
+    def _add(self, rows: slice, cols: slice) -> None:
+        """One tile (n, v)."""
+        targets, kl = self.inputs[3][rows], "d" in self.sums
+        z, bend = _logits(rows, cols, self.inputs, self.plan)  # (n, v)
+        where, inside = _columns(targets, cols)  # (n, 1) each
+        self.a[rows] += torch.where(inside, z.gather(1, where), 0.0)[:, 0]
+        if self.inputs[2] is not None:
+            z.clamp_(min=LOWEST)
+        fall = _take_out(z, self.m[rows])  # (n,)
+        terms: dict[str, tuple[Any, Tensor]] = {"x": (z, fall)}
+        if kl:
+            r = _ref_logits(rows, cols, self.inputs, self.plan)  # (n, v)
+            ref_fall = _take_out(r, self.ref_m[rows])
+            terms["d"] = (z - r, fall - ref_fall)
+            self.ref_s[rows] = self.ref_s[rows] * ref_fall.exp() + r.exp_().sum(1)
+        e, decay = z.exp() if "x" in self.sums else z.exp_(), fall.exp()
+        for name, total in self.sums.items():  # s last: the others need what it was
+            f, shift = terms.get(name, (None, None))
+            part = e if f is None else f.mul_(e)  # (n, v)
+            _move(total[rows], self.sums["s"][rows], shift, decay).add_(part.sum(1))
+            if name in self.vectors:
+                vector, w = self.vectors[name][rows], self.inputs[1][cols]
+                _move(vector.T, self.vectors["s"][rows].T, shift, decay)
+                _add_product(vector, part if bend is None else part * bend, w.to(self.inputs[0].dtype))
+
+    def norms(self) -> _Norms:
+        """For the backward pass."""
+        kl = "d" in self.sums
+        return _Norms(self.m, self.sums["s"], self.sums.get("x"), self.sums.get("d"), self.ref_m if kl else None)
+
+    def statistic(self, name: str) -> Tensor:  # (N,)
+        """log p_a, H, lse or kl."""
+        log_s = self.sums["s"].log()
+        if name == "logprobs":
+            return (self.a - self.m) - log_s
+        if name == "lse":
+            return self.m + log_s
+        if name == "entropy":
+            return log_s - self.sums["x"] / self.sums["s"]
+        return self.sums["d"] / self.sums["s"] - log_s + self.ref_s.log()
+
+    def slope(self, name: str) -> Tensor:  # (N, C)
+        """Its derivative: with means under p, Wₐ - E[W], E[W], E[z] E[W] - E[z W] or E[g W] - E[g] E[W]; over τ."""
+        scale = 1 / (self.sums["s"] * self.plan.temperature)  # (N,)
+        mean = scale[:, None] * self.vectors["s"]  # (N, C)
+        if name == "lse":
+            return mean
+        if name == "logprobs":
+            own = self.inputs[1][self.inputs[3]].to(mean.dtype) / self.plan.temperature
+            if self.plan.softcap is not None:
+                own *= (1.0 - (self.a * self.plan.temperature / self.plan.softcap).square())[:, None]
+            return own.sub_(mean)
+        key, sign = ("x", -1) if name == "entropy" else ("d", 1)
+        return (sign * scale)[:, None] * self.vectors[key] - (sign * self.sums[key] / self.sums["s"])[:, None] * mean
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor, Any]:
-    """(n, C), (V, C) → log p (n, V), lse (n,), bend. The maximum goes out first: a common offset costs no digits."""
-    z, bend = _product(hidden, weight.T), None
+def _move(total: Tensor, s: Tensor, shift: Tensor | None, decay: Tensor) -> Tensor:  # (..., n), (..., n), (n,), (n,)
+    """A sum under the risen maximum, in place."""
+    if shift is not None:
+        total += shift * s
+    return total.mul_(decay)
+
+
+def _take_out(z: Tensor, m: Tensor) -> Tensor:  # (n, v), (n,) → (n,)
+    """z ← z - m under the new maximum m, both in place; how far it was below: -δ."""
+    top = torch.maximum(m, z.amax(1))
+    z -= top[:, None]
+    fall = m - top
+    m.copy_(top)
+    return fall
+
+
+def _tiles(N: int, V: int, device: str) -> Iterator[tuple[slice, slice]]:  # rows, columns
+    """Within the budget; a quarter of the rows at most, so that no tile is the whole. Depends on shapes alone."""
+    n = max(1, min(ROWS, -(-N // 4)))
+    v = max(1, BUDGET["cpu" if device == "cpu" else "cuda"] // (4 * n))
+    for start in range(0, V, v):
+        for row in range(0, N, n):
+            yield slice(row, min(row + n, N)), slice(start, min(start + v, V))
+
+
+def _columns(targets: Tensor, cols: slice) -> tuple[Tensor, Tensor]:  # (n,) → (n, 1), (n, 1)
+    """Where in the tile a target stands, and whether it does."""
+    where = targets[:, None] - cols.start
+    return where.clamp(0, cols.stop - cols.start - 1), (where >= 0) & (where < cols.stop - cols.start)
+
+
+def _logits(rows: slice, cols: slice, inputs: Sequence[Any], plan: _Plan) -> tuple[Tensor, Tensor | None]:  # (n, v)
+    """z, and with a softcap dv/du = 1 - (v/softcap)²."""
+    hidden, weight, bias = inputs[:3]
+    z = _product(hidden[rows], weight[cols].to(hidden.dtype).T)
     if bias is not None:
-        z += bias
+        z += bias[cols]
+    return _capped(z, plan)
+
+
+def _ref_logits(rows: slice, cols: slice, inputs: Sequence[Any], plan: _Plan) -> Tensor:  # (n, v)
+    hidden, weight = inputs[4:6]
+    return _capped(_product(hidden[rows], weight[cols].to(hidden.dtype).T), plan)[0]
+
+
+def _capped(u: Tensor, plan: _Plan) -> tuple[Tensor, Tensor | None]:  # (n, v), in place
+    """v/τ with v = softcap·tanh(u/softcap), and dv/du."""
+    bend = None
     if plan.softcap is not None:
-        z = torch.tanh(z / plan.softcap)
-        bend = 1.0 - z.square()
-        z *= plan.softcap
-    z /= plan.temperature
-    top = z.amax(1, keepdim=True)
-    z -= top
-    rest = z.exp().sum(1, keepdim=True).log()
-    return z.sub_(rest), (top + rest)[:, 0], bend
+        u = u.div_(plan.softcap).tanh_()
+        bend = 1.0 - u.square()
+        u *= plan.softcap
+    return (u if plan.temperature == 1 else u.div_(plan.temperature)), bend
 
 
-def _logit_gradient(chunk: _Chunk, given: dict[str, Tensor], plan: _Plan) -> Tensor:  # (n, V) du
-    """The formula in the docstring of `_Head`; `given` are upstream gradients (n,)."""
-    A, E, S, K = (given[name][:, None] if name in given else None for name in HeadStats._fields)
+def _logit_gradient(
+    rows: slice, cols: slice, inputs: Sequence[Any], norms: _Norms, given: dict[str, Tensor], plan: _Plan
+) -> Tensor:  # (n, v) du
+    """The formula in the docstring of `_Head`, where log p + H = (z - m) - x/s and log p - log q - kl = g - d/s."""
+    A, E, S, K = (given[name][rows, None] if name in given else None for name in HeadStats._fields)  # (n, 1) each
+    columns: Iterator[Any] = (None if t is None else t[rows, None] for t in norms)
+    m, s, x, d, ref_m = columns  # (n, 1) each
+    z, bend = _logits(rows, cols, inputs, plan)
+    if inputs[2] is not None:
+        z.clamp_(min=LOWEST)
+    z -= m
     factor: Any = 0.0
     if A is not None:
         factor = factor - A
     if S is not None:
         factor = factor + S
     if E is not None:
-        factor = factor - E * (chunk.logp + chunk.stats["entropy"][:, None])
+        factor = factor - E * (z - x / s)
     if K is not None:
-        factor = factor + K * (chunk.gap - chunk.stats["kl"][:, None])
-    du = chunk.logp.exp().mul_(factor)
+        factor = factor + K * (z - (_ref_logits(rows, cols, inputs, plan) - ref_m) - d / s)
+    du = z.exp_().mul_(factor / (s * plan.temperature))
     if A is not None:
-        du.scatter_add_(1, chunk.targets[:, None], A)
-    if chunk.bend is not None:
-        du *= chunk.bend
-    return du.div_(plan.temperature)
+        where, inside = _columns(inputs[3][rows], cols)
+        du.scatter_add_(1, where, torch.where(inside, A / plan.temperature, 0.0))
+    return du if bend is None else du.mul_(bend)
 
 
-def _factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the product: at least fp32, except on CUDA, which sums products of bf16 in fp32 itself."""
+def _product_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """At least fp32, except on CUDA, which sums products of bf16 in fp32 itself."""
     if a.is_cuda and a.dtype == b.dtype:
-        return a, b
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(wide), b.to(wide)
+        return a.dtype
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at least fp32
@@ -288,3 +388,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at le
     if b.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
     return torch.mm(a, b)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:  # (n, m), (n, k), (k, m)
+    """total += a b."""
+    if total.dtype == b.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _product(a, b)

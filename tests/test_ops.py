@@ -243,8 +243,9 @@ def test_results_of_low_precision_are_fp32(dtype):
 
 
 def test_weight_gradient_is_rounded_once(monkeypatch):
-    """bf16 weight, 16 chunks: they are summed in fp32, so the error is one rounding, 2⁻⁸ of each entry at most."""
-    monkeypatch.setattr(ops, "BUDGET", 1)
+    """bf16 weight, 32 tiles of rows, summed in fp32: the error is one rounding, 2⁻⁸ of each entry at most."""
+    monkeypatch.setattr(ops, "BUDGET", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(ops, "ROWS", 128)
     hidden, weight, targets, *_ = case(4096, 8, 6, dtype=torch.bfloat16)
     w = weight.requires_grad_()
     head_stats(hidden, w, targets).logprobs.sum().backward()
@@ -298,12 +299,12 @@ def test_never_holds_the_logits(N, V, frozen):
 def test_a_frozen_weight_needs_no_second_look(monkeypatch, frozen):
     hidden, weight, targets, *_ = case()
     seen = []
-    body = ops._chunk
-    monkeypatch.setattr(ops, "_chunk", lambda rows, *a: (seen.append(rows), body(rows, *a))[1])
+    body = ops._logits
+    monkeypatch.setattr(ops, "_logits", lambda rows, *a: (seen.append(rows), body(rows, *a))[1])
     stats = head_stats(hidden.requires_grad_(), weight.requires_grad_(not frozen), targets)
     forward = len(seen)
     stats.logprobs.sum().backward()
-    assert forward == 3  # 9 rows in chunks of ⌈9/4⌉
+    assert forward == 3  # 9 rows in tiles of ⌈9/4⌉
     assert len(seen) - forward == (0 if frozen else forward)
 
 
@@ -315,21 +316,65 @@ def test_without_a_gradient_no_slope_is_made(monkeypatch, needed):
         head_stats(hidden.requires_grad_(needed == "grad mode off"), weight, targets)
 
 
-def test_chunks_cover_every_row_once():
-    for N, V in ((1, 5), (2, 5), (1000, 50), (3000, 300_000), (10, 2**40), (100_000, 1000)):
-        chunks = list(ops._row_chunks(N, V))
-        assert [r for c in chunks for r in range(N)[c]] == list(range(N)), (N, V)
-        rows = max(len(range(N)[c]) for c in chunks)
-        assert rows <= max(1, -(-N // 4))
-        assert rows == -(-N // 4) or rows == max(256, ops.BUDGET // (4 * V))
-    assert list(ops._row_chunks(0, 5)) == []
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize(("N", "V"), [(1, 5), (2, 5), (100, 7), (1000, 500), (3000, 30_000), (10, 2**40), (100_000, 9)])
+def test_tiles_cover_every_logit_once(N, V, device):
+    rows, columns = set(), {}
+    for row, col in ops._tiles(N, V, device):
+        rows.add((row.start, row.stop))
+        columns.setdefault((row.start, row.stop), []).append((col.start, col.stop))
+        n, v = row.stop - row.start, col.stop - col.start
+        assert n <= max(1, -(-N // 4))
+        assert 4 * n * v <= max(ops.BUDGET["cpu" if device == "cpu" else "cuda"], 4 * n)
+    covered = sorted(rows)
+    assert [a for a, _ in covered] == [0, *(b for _, b in covered[:-1])]
+    assert covered[-1][1] == N
+    for cols in columns.values():
+        assert [a for a, _ in cols] == [0, *(b for _, b in cols[:-1])]
+        assert cols[-1][1] == V
 
 
-@pytest.mark.parametrize("budget", [1, 4 * 11 * 300, 2**28])
-def test_chunking_changes_nothing(monkeypatch, budget):
-    monkeypatch.setattr(ops, "BUDGET", budget)
-    hidden, weight, targets, *_ = case(1100, 5, 11)
-    assert_close(head_stats(hidden, weight, targets).logprobs, naive_head_stats(hidden, weight, targets).logprobs, fp64)
+def test_no_rows_no_tiles():
+    assert list(ops._tiles(0, 5, "cpu")) == []
+
+
+@pytest.mark.parametrize("budget", [1, 4 * 3 * 4, 4 * 11 * 300, 2**28])
+@pytest.mark.parametrize("rows", [1, 3, 2048])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tiling_changes_nothing(monkeypatch, budget, rows, frozen):
+    """Columns of a row in several tiles are where the running maximum moves."""
+    monkeypatch.setattr(ops, "BUDGET", {"cpu": budget, "cuda": budget})
+    monkeypatch.setattr(ops, "ROWS", rows)
+    hidden, weight, targets, bias, ref_hidden, ref_weight = case(13, 5, 11, scale=2.0)
+    grads = []
+    for function, options in ((head_stats, {"want": ALL}), (naive_head_stats, {})):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        stats = function(h, w, targets, bias=bias, temperature=0.7, softcap=3.0, ref_hidden=ref_hidden,
+                         ref_weight=ref_weight, **options)  # fmt: skip
+        sum((i + 1) * s.sum() for i, s in enumerate(stats)).backward()
+        grads.append([*(s.detach() for s in stats), h.grad, *([] if frozen else [w.grad])])
+    for actual, expected in zip(*grads, strict=True):
+        assert_close(actual, expected, fp64)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_excluded_tokens(monkeypatch, frozen):
+    """A bias of -inf takes tokens out, here whole tiles of them; as the target, one has log-prob -inf."""
+    monkeypatch.setattr(ops, "BUDGET", {"cpu": 4 * 3 * 3})
+    hidden, weight, targets, bias, ref_hidden, ref_weight = case(9, 5, 11)
+    bias[:4] = -torch.inf
+    targets = targets.clamp(min=4)
+    h, w = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    stats = head_stats(h, w, targets, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, want=ALL)
+    expected = naive_head_stats(hidden.detach(), weight[4:].detach(), targets - 4, bias[4:])
+    for a, e in zip(stats[:3], expected[:3], strict=True):
+        assert_close(a, e, fp64)
+    sum(s.sum() for s in stats).backward()
+    assert torch.isfinite(stats.kl).all()
+    assert torch.isfinite(h.grad).all()
+    assert frozen or w.grad[:4].eq(0).all()
+    assert frozen or torch.isfinite(w.grad).all()
+    assert head_stats(hidden, weight, torch.zeros_like(targets), bias=bias).logprobs.eq(-torch.inf).all()
 
 
 def test_twice_the_same_bits_and_inputs_untouched():

@@ -47,6 +47,7 @@ class RunSection:
     save_every: int = key(0, "steps between checkpoints; 0: only at the end and on a signal", low=0)
     keep: int = key(2, "checkpoints kept", low=1)
     log_every: int = key(10, "steps between lines of metrics.jsonl", low=1)
+    log_with: str = key("none", "where those lines go too", choices=("none", "tensorboard", "wandb"))
     dry_run: bool = key(False, "print the memory that the stage takes, and stop")
     debug: bool = key(False, "show the traceback of a user's mistake")
 
@@ -163,7 +164,7 @@ class RewardSection:
     """What an answer is worth: a reward model, or a Python function of texts."""
 
     path: str = key("", "reward-model folder; empty without fn: runs/rm/final")
-    fn: str = key("", "module:function taking lists of prompts and responses, returning a list of floats")
+    fn: str = key("", "module:function of lists of prompts and responses, returning floats; or human, who is asked")
 
 
 @dataclass(frozen=True)

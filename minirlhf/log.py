@@ -1,15 +1,17 @@
 """`metrics.jsonl`, `samples.jsonl` and the line on the terminal. One rank writes; every line is complete or absent."""
 
+import importlib.util
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from minirlhf import dist
-from minirlhf.errors import CheckpointError
+from minirlhf.errors import CheckpointError, UsageError
 from minirlhf.safefile import write_file
 
 
@@ -60,6 +62,54 @@ def cut_after(path: Path, step: int) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     write_file(temporary, kept)
     os.replace(temporary, path)
+
+
+def exporter(name: str, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """What sends the lines of metrics.jsonl elsewhere too; nothing is opened before the first one.
+
+    Raises UsageError where `run.log_with` names a package that is not installed.
+    """
+    if name == "none":
+        return lambda line: None
+    if importlib.util.find_spec(name) is None:
+        raise UsageError(f"run.log_with {name}: the package is missing; pip install 'minirlhf[log]', or {name} alone")
+    opened: list[Callable[[dict[str, Any]], None]] = []
+
+    def export(line: dict[str, Any]) -> None:
+        if dist.rank() != 0:
+            return
+        if not opened:
+            opened.append(_tensorboard(folder, line["step"]) if name == "tensorboard" else _wandb(folder, config))
+        opened[0]({metric: value for metric, value in line.items() if isinstance(value, int | float)})
+
+    return export
+
+
+def _tensorboard(folder: Path, step: int) -> Callable[[dict[str, Any]], None]:
+    """Event files in the run's folder; of an earlier start, what lies at `step` and beyond no longer counts."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def write(line: dict[str, Any]) -> None:
+        for metric, value in line.items():
+            writer.add_scalar(metric, value, line["step"])
+        writer.flush()
+
+    return write
+
+
+def _wandb(folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """A run named as the folder, in the project that the environment or `minirlhf` names."""
+    import wandb
+
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "minirlhf"), name=folder.name, dir=str(folder), config=config
+        )
+    except wandb.Error as e:
+        raise UsageError(f"run.log_with wandb: {e}; see `wandb login`, or set WANDB_MODE=offline") from e
+    return lambda line: run.log(line, step=line["step"])
 
 
 class Progress:

@@ -24,7 +24,7 @@ import torch
 from minirlhf import checkpoint, dist
 from minirlhf.config import help_text, load_config, to_dict
 from minirlhf.errors import AlarmError, NonFiniteError, UsageError, UserError
-from minirlhf.log import Progress, append_line, cut_after, read_lines
+from minirlhf.log import Progress, append_line, cut_after, exporter, read_lines
 from minirlhf.rng import derive_seed
 from minirlhf.safefile import read_json, write_file
 
@@ -56,6 +56,7 @@ class Run:
         self.dropped: list[dict[str, Any]] = []  # rows of data files that were left out, and why
         self.folder = Path(config.run.dir or f"runs/{name}")
         self.progress = Progress(name, config.run.steps)
+        self.export = exporter(config.run.log_with, self.folder, to_dict(config))
         self._lock: Any = None
         for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
             signal.signal(number, lambda *_, code=code: self._on_signal(code))
@@ -216,6 +217,7 @@ class Run:
             }  # inf, NaN: null
             self.history.append({"step": step, **finite})
             self._append("metrics.jsonl", self.history[-1])
+            self.export(self.history[-1])
         self.progress.show(step, metrics, tuple(words), keep=due)
 
     def alarm(self, step: int, raised: Sequence[str], *, stop: bool) -> None:

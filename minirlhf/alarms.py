@@ -1,7 +1,8 @@
 """Reward hacking, collapse and mismatch, seen early: what the newest line of metrics.jsonl raises, and the cure.
 
 An alarm is a function of the lines so far and of nothing else, so that a resumed run raises the same ones. It is raised
-once, when its condition has just held for a few lines in a row. How the limits were found: docs/reliability.md.
+when its condition has just held for a few lines in a row, and again only after QUIET lines without it. How the limits
+were found: docs/reliability.md.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch import Tensor
 from minirlhf.masked import keep
 from minirlhf.rollout import Rollout
 
+QUIET = 20  # lines
 Line = dict[str, Any]
 
 
@@ -114,12 +116,12 @@ def held(rule: Rule, history: Sequence[Line], limits: Limits) -> bool:
 
 
 def alarms(history: Sequence[Line], limits: Limits) -> list[str]:
-    """What the newest line raises and the one before it did not, in a line each with its cure."""
-    now, first = history[-1], history[0]
+    """What the newest line raises and no recent one did, in a line each with its cure."""
+    now, first, n = history[-1], history[0], len(history)
     return [
         f"{rule.name}: {rule.metric} is {now[rule.metric]:.3g}, at step {first['step']} it was {first[rule.metric]:.3g}"
         + (f", {rule.lines} lines in a row" if rule.lines > 1 else "")
         + f"; {rule.cure}"
         for rule in RULES
-        if held(rule, history, limits) and not held(rule, history[:-1], limits)
+        if held(rule, history, limits) and not any(held(rule, history[:m], limits) for m in range(max(0, n - QUIET), n))
     ]

@@ -18,9 +18,9 @@ DEGENERATE = (
     "empty",
     "one full stop",
     "one word",
-    "one answer five times",
+    "each answer five times",
     "echo of the prompt",
-)  # red
+)  # red when they are preferred
 
 
 class Pair(NamedTuple):
@@ -49,8 +49,9 @@ def variants(prompts: Sequence[str], answers: Sequence[str], seed: int) -> dict[
         "empty": [""] * n,
         "one full stop": [stop] * n,
         "one word": [(a.split() or [a])[0][: max(1, len(a) // 2)] for a in answers],
-        "one answer five times": [joint.join([shortest.get(p, "")] * 5) for p in prompts],
+        "each answer five times": [joint.join([a] * 5) for a in answers],
         "echo of the prompt": list(prompts),
+        "shortest answer five times": [joint.join([shortest.get(p, "")] * 5) for p in prompts],
         "another prompt's answer": list(others),
         "random words": list(mixed),
         "cut in half": [a[: len(a) // 2].rstrip() for a in answers],
@@ -66,7 +67,7 @@ def probe(
 ) -> list[dict[str, Any]]:
     """The mean score of degenerate answers against the median of ordinary ones: above it is red.
 
-    The other rows are only amber: small models often do not learn relevance, and half an answer may be a good one.
+    The other rows are only amber: small models often do not learn relevance, and what is cut or said again may be good.
     """
     n = len(prompts)
     ordinary = sorted(score(prompts, answers))

@@ -9,6 +9,7 @@ import os
 import re
 
 NAMES = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+REAL_WRITE = os.write
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 

@@ -12,12 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minirlhf.alarms import RULES, Limits, held
+from minirlhf.alarms import Limits, alarms
 
 ROOT = Path(__file__).parent.parent
 WEAK = ["--data.labeler", "weak", "--data.size", "256", "--run.steps", "96", "--optim.lr", "6e-4"]
 CURED = [*WEAK, "--rm.hard_negatives", "0.25"]
-FREE = ["--ppo.kl_coef", "0.02"]
+FREE = ["--ppo.kl_coef", "0.02", "--run.steps", "12"]
 KINDS = {"good": ([], []), "weak": (WEAK, FREE), "cured": (CURED, FREE)}
 
 
@@ -50,9 +50,7 @@ def lines(path):
 
 def table(kind, seeds, out):
     """A line per seed."""
-    print(
-        f"\n{kind}\n seed  red in the probe | alarms at steps | mean length at steps 1, 5, 10, last | gold first, last"
-    )
+    print(f"\n{kind}\n seed  red in the probe | alarms, steps | length at steps 1, 5, 10, last | gold first, last")
     for seed in seeds:
         folder = out / f"ppo-{kind}-{seed}"
         history = lines(folder / "metrics.jsonl")
@@ -68,16 +66,11 @@ def table(kind, seeds, out):
 
 def raised_by(history, folder):
     """The alarms under the limits of today, not of the day of the run."""
-    meta = json.loads(
-        (Path(json.loads((folder / "config.json").read_text())["reward"]["path"]) / "minirlhf.json").read_text()
-    )
+    reward = Path(json.loads((folder / "config.json").read_text())["reward"]["path"])
+    meta = json.loads((reward / "minirlhf.json").read_text())
     limits = Limits(score_max=meta.get("score_max", float("inf")))
-    out = []
-    for n in range(1, len(history) + 1):
-        for rule in RULES:
-            if held(rule, history[:n], limits) and not held(rule, history[: n - 1], limits):
-                out.append({"step": history[n - 1]["step"], "alarm": rule.name})
-    return out
+    heads = [history[:n] for n in range(1, len(history) + 1)]
+    return [{"step": head[-1]["step"], "alarm": words} for head in heads for words in alarms(head, limits)]
 
 
 def nearest(kind, seeds, out):

@@ -79,7 +79,7 @@ def test_variants_are_what_their_names_say():
     assert found["echo of the prompt"] == ["p ?", "q ?"]
     assert found["another prompt's answer"] == ["uno dos", "one two three four"]
     assert found["cut in half"] == ["one two t", "uno"]
-    assert set(found["random words"][0].split()) <= set(["one", "two", "three", "four", "uno", "dos"])
+    assert set(found["random words"][0].split()) <= {"one", "two", "three", "four", "uno", "dos"}
 
 
 def test_chinese_answers_without_spaces():

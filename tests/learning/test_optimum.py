@@ -1,0 +1,339 @@
+"""Does it optimise the right thing? On 15 possible answers, against the optimum in closed form (docs/optima.md).
+
+The loop is that of train_ppo.py: `collect` with a real CausalLM and ValueModel, `ppo_iteration` with AdamW, a rate that
+falls linearly to 0. Only the reward is a table. All answers are enumerated to measure the total variation
+TV = ½ Σ_y |π(y) - π*(y)| exactly; training sees samples alone. Wrong variants go through the same loop and miss.
+"""
+
+import copy
+import itertools
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+
+import pytest
+import torch
+
+from minirlhf import ppo
+from minirlhf.advantage import group_advantages
+from minirlhf.config import PPOSection
+from minirlhf.heads import ValueModel
+from minirlhf.loss import policy_loss
+from minirlhf.masked import keep
+from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.ops import kl_estimate
+from minirlhf.optim import adamw, lr_factor, set_lr
+from minirlhf.ppo import epoch_plans, ppo_iteration
+from minirlhf.reward import shape_rewards
+from minirlhf.rng import generator
+from minirlhf.rollout import Roles, collect, policy_stats, target_stats
+
+EOS, R, BETA, CLOSE = 0, 3, 1.0, 0.005
+PROMPT = torch.tensor([[1, 2]])
+ANSWERS = [y for n in range(1, R + 1) for y in itertools.product(range(3), repeat=n)
+           if EOS not in y[:-1] and (y[-1] == EOS or n == R)]  # fmt: skip
+TOKENS = torch.tensor([[*y, *[EOS] * (R - len(y))] for y in ANSWERS])  # (15, R); padding has the id of EOS
+MASK = torch.tensor([[t < len(y) for t in range(R)] for y in ANSWERS])
+CODE = {tuple(row): i for i, row in enumerate(TOKENS.tolist())}
+OPTIONS = PPOSection(
+    rollout_size=512, minibatch_size=256, microbatch_size=256, epochs=2, gae_lambda=1.0, value_clip_range=0.0,
+    value_coef=1.0, score_norm="none",
+)  # fmt: skip
+TABLES = range(10)
+
+
+def language_model(seed):
+    """A reference whose answers have quite different probabilities."""
+    config = ModelConfig(family="gpt2", vocab_size=3, n_layer=1, n_head=2, d_model=32, max_seq_len=8, tied=False)
+    model = CausalLM(config, rng=generator(seed, "weights")).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(3)
+    return model
+
+
+def reward_table(seed):  # → (15,)
+    return torch.randn(len(ANSWERS), generator=generator(seed, "rewards"), dtype=torch.float64)
+
+
+def log_probs(model):  # → (15, R) log π(a_t), 0 at padding
+    prompt = PROMPT.expand(len(TOKENS), -1)
+    whole, real = torch.cat([prompt, TOKENS], 1), torch.cat([torch.ones_like(prompt, dtype=torch.bool), MASK], 1)
+    with torch.no_grad():
+        return target_stats(model, whole, real, torch.where(MASK, TOKENS, -100))["logprobs"].double()
+
+
+def distribution(model):  # → (15,) π(y)
+    return log_probs(model).sum(1).exp()
+
+
+def total_variation(p, q):
+    return float((p - q).abs().sum() / 2)
+
+
+def optimum(reference, table):
+    """π*(y) = π_ref(y) e^(r(y)/β) / Z (Rafailov et al. 2023, eq. 4)."""
+    return torch.softmax(log_probs(reference).sum(1) + table / BETA, 0)
+
+
+def train(seed, *, steps=200, lr=3e-3, kl_coef=BETA, **changes):
+    """The script's loop → reference, policy."""
+    options, table = replace(OPTIONS, **changes), reward_table(seed).float()
+    policy = language_model(seed)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+
+    def score(rollout):
+        answers = torch.nn.functional.pad(rollout.responses, (0, R - rollout.responses.shape[1]), value=EOS)
+        return table[[CODE[tuple(row)] for row in answers.tolist()]]
+
+    roles = Roles(policy, reference, ValueModel.from_trunk(policy.trunk).eval(), score)
+    named = [*policy.named_parameters("policy"), *roles.value_model.named_parameters("value_model")]
+    optimizer = adamw(named, lr=lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    prompts = PROMPT.repeat(options.rollout_size, 1)
+    for step in range(1, steps + 1):
+        plan = partial(epoch_plans, options=options, seed=seed, iteration=step)
+        rollout = collect(
+            roles, prompts, torch.ones_like(prompts, dtype=torch.bool), eos_token_id=EOS, pad_token_id=EOS,
+            max_new_tokens=R, temperature=1.0, rng=generator(seed, "sample", step),
+            partition=lambda n, plan=plan: list(chain(*plan(n)[0])),
+        )  # fmt: skip
+        set_lr(optimizer, lr * lr_factor(step, kind="linear", warmup=5, total=steps))
+        ppo_iteration(
+            policy, roles.value_model, optimizer, rollout, rollout.scores, plan(rollout.lengths), options,
+            kl_coef=kl_coef, temperature=1.0, max_grad_norm=100.0,
+        )  # fmt: skip
+    return reference, policy
+
+
+def distance(seed, **how):
+    """TV to the closed form, before and after."""
+    reference, policy = train(seed, **how)
+    target = optimum(reference, reward_table(seed))
+    return total_variation(distribution(reference), target), total_variation(distribution(policy), target)
+
+
+# ---- PPO ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_answers_are_all_there_are():
+    model = language_model(0)
+    assert len(ANSWERS) == len(CODE) == 15
+    assert float(distribution(model).sum()) == pytest.approx(1.0, abs=1e-6)
+    target = optimum(model, reward_table(0))
+    objective = lambda p: float((p * (reward_table(0) - BETA * (p.log() - log_probs(model).sum(1)))).sum())  # noqa: E731
+    Z = (distribution(model) * (reward_table(0) / BETA).exp()).sum()
+    assert objective(target) == pytest.approx(BETA * float(Z.log()), abs=1e-6)
+    assert objective(target) > objective(distribution(model))
+
+
+def test_ppo_reaches_the_optimum():
+    """One table; the other nine with -m slow."""
+    before, after = distance(2, steps=120)
+    assert before > 0.2
+    assert after <= CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", TABLES)
+def test_ppo_reaches_the_optimum_of_every_table(seed):
+    before, after = distance(seed)
+    assert before > 10 * CLOSE
+    assert after <= CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"gae_lambda": 0.95}, {"whiten_advantages": False}, {"score_at": "next"}])
+def test_settings_that_keep_the_fixed_point(changes):
+    """λ, whitening and the column of the score change the way there, not the end."""
+    assert distance(2, **changes)[1] <= CLOSE
+
+
+# ---- wrong variants: the same loop, one thing broken ----------------------------------------------------------------
+
+
+def loss_with_kl(kind, *, by_ratio=False):
+    """Replacements for `policy_stats` and `policy_loss`: β·KL per token as a loss, instead of in the reward."""
+    seen = {}
+
+    def stats(model, part, **how):
+        seen["ref"] = part.ref_logprobs
+        return policy_stats(model, part, **how)
+
+    def loss(logprobs, old, A, *, clip_range):
+        weight = torch.exp(logprobs - old) if by_ratio else 1.0
+        penalty = weight * kl_estimate(logprobs, seen["ref"], kind)
+        return policy_loss(logprobs, old, A, clip_range=clip_range) + BETA * penalty
+
+    return {"policy_stats": stats, "policy_loss": loss}
+
+
+def last_token_only(scores, logprobs, ref_logprobs, mask, **how):
+    last = torch.arange(mask.shape[1]) == mask.sum(1, keepdim=True) - 1
+    return shape_rewards(scores, keep(logprobs, last), keep(ref_logprobs, last), mask, **how)
+
+
+def shifted(logprobs, old, A, *, clip_range):
+    return policy_loss(logprobs, old, A.roll(1, 1), clip_range=clip_range)
+
+
+AS_LOSS = {"kl_coef": 0.0, "whiten_advantages": False}
+WRONG = {
+    "k2 in the reward": ({"kl": "k2"}, {}),
+    "k3 in the reward": ({"kl": "k3"}, {}),
+    "k2 as a loss per token": (AS_LOSS, loss_with_kl("k2")),
+    "k3 as a loss per token": (AS_LOSS, loss_with_kl("k3")),
+    "ratio times k3 as a loss per token": (AS_LOSS, loss_with_kl("k3", by_ratio=True)),
+    "k1 as a loss: no penalty at all": (AS_LOSS, loss_with_kl("k1")),
+    "sign of the KL flipped": ({"kl_coef": -BETA}, {}),
+    "KL of the last token only": ({}, {"shape_rewards": last_token_only}),
+    "advantages one token late": ({}, {"policy_loss": shifted}),
+}
+
+
+def broken(monkeypatch, name, seed, **how):
+    changes, patches = WRONG[name]
+    for function, replacement in patches.items():
+        monkeypatch.setattr(ppo, function, replacement)
+    return distance(seed, **changes, **how)[1]
+
+
+def test_a_wrong_variant_misses_it(monkeypatch):
+    assert broken(monkeypatch, "k3 in the reward", 2, steps=40) > 10 * CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_variants_miss_it(monkeypatch, name):
+    assert broken(monkeypatch, name, 2) > 4 * CLOSE
+
+
+# ---- group baselines ------------------------------------------------------------------------------------------------
+
+
+def by_group(kind, K):
+    """A replacement for `estimate`: every token has its answer's advantage over K - 1 siblings."""
+
+    def estimate(rewards, values, actions, states, options):
+        totals = rewards.sum(1).view(-1, K)  # score - β Σ k1
+        A = group_advantages(totals, kind=kind).flatten()  # (B,)
+        return keep(A[:, None].expand_as(rewards), actions), values
+
+    return estimate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", TABLES)
+@pytest.mark.parametrize(("kind", "K"), [("rloo", 4), ("grpo", 4)])
+def test_group_advantages_of_score_less_penalty_have_the_same_optimum(monkeypatch, kind, K, seed):
+    """docs/optima.md, sections 2 and 3: where all totals are equal, and nowhere else, every advantage is 0."""
+    monkeypatch.setattr(ppo, "estimate", by_group(kind, K))
+    assert distance(seed, value_coef=0.0)[1] <= CLOSE
+
+
+PREFIXES = sorted({y[:t] for y in ANSWERS for t in range(len(y))})  # the 7 states
+STATE = torch.tensor([[PREFIXES.index(y[:t]) if t < len(y) else 0 for t in range(R)] for y in ANSWERS])  # (15, R)
+
+
+def by_state(x):  # (15,) of answers → (7, 3) sums over the answers that take token a in state s
+    out = torch.zeros(len(PREFIXES) * 3, dtype=torch.float64)
+    return out.index_add(0, (3 * STATE + TOKENS)[MASK], x[:, None].expand(-1, R)[MASK]).view(-1, 3)
+
+
+def siblings(table, K):
+    """The GRPO advantage of answer y in every group of K - 1 siblings, and those groups: (15, n), (n, K - 1)."""
+    groups = torch.cartesian_prod(*[torch.arange(len(table))] * (K - 1)).view(-1, K - 1)
+    with_y = torch.cat([table[:, None, None].expand(-1, len(groups), 1), table[groups].expand(len(table), -1, -1)], 2)
+    return group_advantages(with_y.flatten(0, 1), kind="grpo")[:, 0].view(len(table), -1), groups
+
+
+def grpo_fixed_point(reference, table, K):
+    """π with π(a|s) (Q(s,a) - V(s)) = β (π(a|s) - π_ref(a|s)) in every state, Q and V of the expected advantages.
+
+    → π* (15,), and the largest difference of the two sides.
+    """
+    ref = torch.zeros(len(PREFIXES), 3, dtype=torch.float64)
+    ref[STATE[MASK], TOKENS[MASK]] = log_probs(reference).exp()[MASK]
+    ref /= ref.sum(1, keepdim=True)  # the model is fp32
+    z, (A, groups) = ref.log(), siblings(table, K)
+    for _ in range(20_000):
+        pi = z.softmax(1)
+        p = torch.where(MASK, pi[STATE, TOKENS], 1.0).prod(1)  # (15,)
+        expected = A @ p[groups].prod(1)  # (15,)
+        visits, gains = by_state(p), by_state(p * expected)
+        Q, V = gains / visits, (gains.sum(1) / visits.sum(1))[:, None]
+        difference = pi * (Q - V) - BETA * (pi - ref)
+        if difference.abs().max() < 1e-10:
+            break
+        z = z + difference
+    return p, float(difference.abs().max())
+
+
+def test_two_answers_of_a_group_only_say_which_is_better():
+    """K = 2: the advantage is ±1/√2, its expectation the chance to win less the chance to lose, over √2."""
+    table, p = reward_table(0), distribution(language_model(0))
+    A, groups = siblings(table, 2)
+    wins = (torch.sign(table[:, None] - table) * p).sum(1)
+    torch.testing.assert_close(A @ p[groups[:, 0]], wins / 2**0.5, rtol=1e-2, atol=1e-4)  # σ + 1e-4 is not quite σ
+
+
+def test_grpo_as_published_has_another_optimum():
+    reference, table = language_model(2), reward_table(2)
+    for K in (2, 4):
+        target, missed = grpo_fixed_point(reference, table, K)
+        assert missed < 1e-9
+        assert float(target.sum()) == pytest.approx(1.0, abs=1e-9)
+        assert total_variation(target, optimum(reference, table)) > 10 * CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", TABLES)
+def test_grpo_as_published_reaches_its_own_optimum(monkeypatch, seed):
+    """Scores alone in the group, β k3 per token as a loss (Shao et al. 2024, eq. 3, 4): section 4 of docs/optima.md."""
+    monkeypatch.setattr(ppo, "estimate", by_group("grpo", 4))
+    for function, replacement in loss_with_kl("k3").items():
+        monkeypatch.setattr(ppo, function, replacement)
+    reference, policy = train(seed, kl_coef=0.0, value_coef=0.0)
+    target, missed = grpo_fixed_point(reference, reward_table(seed), 4)
+    assert missed < 1e-9
+    assert total_variation(distribution(policy), target) <= CLOSE
+
+
+# ---- REINFORCE ------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_step_of_ppo_is_reinforce():
+    """With SGD at rate 1 the step is the gradient: Σ A_t ∇log π(a_t) / N of plain logits, A_t reward to go less V."""
+    options = replace(
+        OPTIONS, rollout_size=64, minibatch_size=64, microbatch_size=16, epochs=1, whiten_advantages=False
+    )
+    policy, table = language_model(3).double(), reward_table(3)
+    reference = copy.deepcopy(language_model(4)).double()
+    roles = Roles(policy, reference, ValueModel.from_trunk(policy.trunk).double().eval(), None)
+    torch.nn.init.normal_(roles.value_model.score.weight, generator=generator(0, "head"))
+
+    def score(rollout):
+        answers = torch.nn.functional.pad(rollout.responses, (0, R - rollout.responses.shape[1]), value=EOS)
+        return table[[CODE[tuple(row)] for row in answers.tolist()]]
+
+    prompts = PROMPT.repeat(64, 1)
+    plan = lambda n: epoch_plans(n, options, 0, 1)  # noqa: E731
+    rollout = collect(
+        roles._replace(score=score), prompts, torch.ones_like(prompts, dtype=torch.bool), eos_token_id=EOS,
+        pad_token_id=EOS, max_new_tokens=R, temperature=1.0, rng=generator(0, "sample"),
+        partition=lambda n: list(chain(*plan(n)[0])),
+    )  # fmt: skip
+    total, count = 0.0, 0
+    for b in range(64):
+        n = int(rollout.lengths[b])
+        ids = torch.cat([PROMPT[0], rollout.responses[b, :n]])[None]
+        logp, logq = (m(ids)[0, 1:-1].log_softmax(1)[range(n), ids[0, 2:]] for m in (policy, reference))
+        V = roles.value_model(ids)[0, 1:-1].detach()
+        to_go = score(rollout)[b] - BETA * (logp - logq).detach().flip(0).cumsum(0).flip(0)
+        total, count = total - ((to_go - V) * logp).sum(), count + n
+    expected = torch.autograd.grad(total / count, list(policy.parameters()))
+    before = [p.detach().clone() for p in policy.parameters()]
+    ppo_iteration(
+        policy, roles.value_model, torch.optim.SGD(policy.parameters(), lr=1.0), rollout, rollout.scores,
+        plan(rollout.lengths), options, kl_coef=BETA, temperature=1.0, max_grad_norm=1e9,
+    )  # fmt: skip
+    for was, now, g in zip(before, policy.parameters(), expected, strict=True):
+        torch.testing.assert_close(was - now.detach(), g, rtol=1e-6, atol=1e-9)

@@ -181,4 +181,4 @@ def repeated(prompts: Sequence[Any], n: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, PPOConfig, "ppo", dry_run))
+    sys.exit(run_script(main, PPOConfig, "ppo", dry_run=dry_run))

@@ -86,4 +86,4 @@ def verdict(found: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, RMConfig, "rm", dry_run))
+    sys.exit(run_script(main, RMConfig, "rm", dry_run=dry_run))

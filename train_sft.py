@@ -59,4 +59,4 @@ def main(config: SFTConfig, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, SFTConfig, "sft", dry_run))
+    sys.exit(run_script(main, SFTConfig, "sft", dry_run=dry_run))

@@ -242,7 +242,7 @@ def _separate(source: Any, *, zero_head: bool) -> ValueModel:
     """A value model with weights of its own; what an adapter added is in them."""
     source = copy.deepcopy(source)
     fill(source, {})
-    for name in list(adapters(source)):
+    for name in [] if _is_meta(source) else list(adapters(source)):
         merge_adapter(source, name)
     value = ValueModel(source.trunk, rng=generator(0, "head"))
     if zero_head:

@@ -275,8 +275,9 @@ def run_script(
     main: Callable[[Any, Run], None],
     config_class: type,
     name: str,
-    dry_run: Callable[[Any, str], str],  # config, name → the table of run.dry_run
     argv: Sequence[str] | None = None,
+    *,
+    dry_run: Callable[[Any, str], str] | None = None,  # config, name → the table of run.dry_run
 ) -> int:
     """Parse, prepare, run; a user's mistake is one line on stderr and its exit code, never a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -286,7 +287,7 @@ def run_script(
     config: Any = None
     try:
         config = load_config(config_class, argv)
-        if config.run.dry_run:
+        if config.run.dry_run and dry_run:
             print(dry_run(config, name))  # noqa: T201
             return 0
         prepare_torch(config.run)

@@ -161,3 +161,39 @@ def test_mistakes_end_in_one_line_and_their_code(pipeline, tmp_path):
     config.write_text(json.dumps(fields | {"use_dora": True}))
     assert "use_dora" in script("rm", *TINY["rm"], *lost, *here, cwd=pipeline, code=4)
     assert not (tmp_path / "x/metrics.jsonl").exists()
+
+
+def table(text):
+    """role → its numbers."""
+    rows = {line[:20].strip(): line[20:].split("(")[0].split() for line in text.splitlines()[1:]}
+    return {role: [int(x.replace(",", "")) for x in row] for role, row in rows.items()}
+
+
+def test_dry_run_says_what_a_run_takes_and_writes_nothing(pipeline, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in pipeline.rglob("*")}
+
+    def tensor_bytes(path):
+        return sum(t.numel() * t.element_size() for t in load_file(pipeline / path).values())
+
+    base_, adapter = tensor_bytes("base/model.safetensors"), tensor_bytes("runs/sft/final/adapter_model.safetensors")
+    scored = tensor_bytes("runs/rm/final/adapter_model.safetensors")  # with its head
+    count = 4 * len(load_file(pipeline / "runs/sft/final/adapter_model.safetensors"))
+    for name in ("sft", "rm", "ppo"):
+        found = table(script(name, *argv(name, "--run.dry_run", "true", "--run.dir", tmp_path / "x"), cwd=pipeline))
+        if name == "sft":
+            assert found["model"] == [base_ + adapter, adapter, 2 * adapter + count]
+    head = scored - adapter
+    assert found["policy"] == [base_ + adapter, adapter, 2 * adapter + count]
+    assert found["reference"] == [adapter, 0, 0]
+    assert found["value model"] == [scored + head, scored, 2 * scored + count + 4]
+    assert found["reward model"] == [scored + head, 0, 0]
+    assert found["total"] == [sum(found[role][i] for role in ("policy", "reference", "value model", "reward model"))
+                              for i in range(3)]  # fmt: skip
+    kept = 2 * 2 * 16 * 2 * 32 * 4  # bytes of a token: keys and values, layers, answers, heads, width, fp32
+    assert found["rollout cache"][0] % kept == 0
+    assert found["all of these"][0] == sum(found["total"]) + found["rollout cache"][0] + found["largest activation"][0]
+    assert {path: path.stat().st_mtime_ns for path in pipeline.rglob("*")} == before
+    assert not (tmp_path / "x").exists()
+    assert "no such folder" in script("rm", "--run.dry_run", "true", cwd=tmp_path, code=4)
+    assert table(script("sft", "--run.dry_run", "true", cwd=tmp_path))["model"][1] > 0
+    assert not list(tmp_path.iterdir())

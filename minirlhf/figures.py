@@ -22,6 +22,8 @@ FIGURES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Response length", ("response/length_mean",), "tokens"),
     ("Empty answers", ("response/empty_frac",), "share"),
     ("Answers with EOS", ("response/eos_frac",), "share"),
+    ("Short and repetitive answers", ("response/short_frac", "response/repeat_frac"), "share"),
+    ("Distinct answers", ("response/distinct_frac",), "share"),
     ("Entropy", ("objective/entropy",), "nats per answer"),
     ("Reward after the KL penalty", ("objective/rlhf_reward",), "per answer"),
     ("KL coefficient", ("objective/kl_coef",), "reward per nat"),
@@ -34,6 +36,7 @@ FIGURES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Gradient norm", ("grad_norm",), ""),
     ("Learning rate", ("lr",), ""),
     ("Speed", ("tokens_per_s",), "tokens per second"),
+    ("Memory", ("memory/process_mb", "memory/cuda_mb"), "MB, largest so far"),
 )
 FLOORS = {"value/explained_var": -1.0}  # lower values would flatten all others
 SCORE, GOLD, KL = "objective/scores", "gold/score", "objective/kl"

@@ -4,11 +4,14 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
+
+import torch
 
 from minirlhf import dist
 from minirlhf.errors import CheckpointError, UsageError
@@ -62,6 +65,14 @@ def cut_after(path: Path, step: int) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     write_file(temporary, kept)
     os.replace(temporary, path)
+
+
+def memory(device: str) -> dict[str, float]:
+    """Megabytes at most so far, of this process and of its GPU: a file of its own, for metrics.jsonl holds nothing that
+    differs between equal runs."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    used = {"memory/process_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+    return used | ({"memory/cuda_mb": torch.cuda.max_memory_allocated(device) / 2**20} if "cuda" in device else {})
 
 
 def exporter(name: str, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None]:

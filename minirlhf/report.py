@@ -67,7 +67,8 @@ def read_run(folder: Path) -> RunFiles:
     lines = {r["step"]: r for r in _lines(path) if type(r.get("step")) is int}
     if not lines:
         raise DataError(f"{path}: no metrics; give the folder of a run that has taken a step")
-    metrics = [lines[step] for step in sorted(lines)]
+    memory = {r["step"]: r for r in _lines(folder / "memory.jsonl") if type(r.get("step")) is int}
+    metrics = [memory.get(step, {}) | lines[step] for step in sorted(lines)]
     probe = _json(folder / "probe.json")
     config, environment, evaluation = (_object(folder / f"{n}.json") for n in ("config", "environment", "evaluation"))
     rows = probe.get("probe") if isinstance(probe, dict) else probe
@@ -281,19 +282,20 @@ def evaluation(runs: Sequence[RunFiles]) -> str:
 
 
 def times(runs: Sequence[RunFiles]) -> str:
-    """Median seconds of each phase, and speed."""
+    """Seconds of each phase and its share of the time, and speed."""
     rows = []
     for run in runs:
-        series = traces(run).series
-        for name, points in series.items():
+        series = {name: [y for _, y in points if y == y] for name, points in traces(run).series.items()}
+        whole = sum(sum(values) for name, values in series.items() if name.startswith("time/"))
+        for name, values in series.items():
             if name.startswith("time/") or name == "tokens_per_s":
-                values = [y for _, y in points if y == y]
                 named = [shown(run.name)] if len(runs) > 1 else []
-                rows.append([*named, shown(name), *(number(f(values)) for f in (statistics.median, min, max))])
+                share = f"{100 * sum(values) / whole:.0f} %" if name.startswith("time/") and whole > 0 else ""
+                rows.append([*named, shown(name), *(number(f(values)) for f in (statistics.median, min, max)), share])
     if not rows:
         return ""
-    head = [*(["run"] if len(runs) > 1 else []), "per step", "median", "least", "most"]
-    return section("Time", table(head, rows, label="time and speed", numeric=range(len(head) - 3, len(head))))
+    head = [*(["run"] if len(runs) > 1 else []), "per step", "median", "least", "most", "share"]
+    return section("Time", table(head, rows, label="time and speed", numeric=range(len(head) - 4, len(head))))
 
 
 def settings(runs: Sequence[RunFiles]) -> str:

@@ -24,12 +24,12 @@ import torch
 from minirlhf import checkpoint, dist
 from minirlhf.config import help_text, load_config, to_dict
 from minirlhf.errors import AlarmError, NonFiniteError, UsageError, UserError
-from minirlhf.log import Progress, append_line, cut_after, exporter, read_lines
+from minirlhf.log import Progress, append_line, cut_after, exporter, memory, read_lines
 from minirlhf.rng import derive_seed
 from minirlhf.safefile import read_json, write_file
 
 MAY_DIFFER = ("dir", "engine", "keep", "save_every", "log_every", "resume", "debug")  # between a start and its resume
-LOGS = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl")  # a line has a step
+LOGS = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl", "memory.jsonl")  # a line has a step
 OWN = {
     ".lock",
     "config.json",
@@ -217,6 +217,7 @@ class Run:
             }  # inf, NaN: null
             self.history.append({"step": step, **finite})
             self._append("metrics.jsonl", self.history[-1])
+            self._append("memory.jsonl", {"step": step} | memory(run.device))
             self.export(self.history[-1])
         self.progress.show(step, metrics, tuple(words), keep=due)
 

@@ -23,7 +23,8 @@ STYLE: Any = {
     "axes.grid": True,
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.7,
     "lines.linewidth": 1.5,
 }
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -341,3 +341,14 @@ def test_long_runs_are_thinned_to_means():
     assert len(found) == 1000
     assert found[0] == (2.0, 4.0)  # of 0 … 4
     assert svg.thinned(points[:1000]) == points[:1000]
+
+
+def test_time_and_memory(tmp_path):
+    """.1 and .3 seconds a step are a quarter and three quarters; memory.jsonl joins by step."""
+    folder = make_run(tmp_path / "run", memory=[{"step": s, "memory/process_mb": 100.0 + s} for s in (1, 2, 99)])
+    assert report.traces(report.read_run(folder)).series["memory/process_mb"] == [(1, 101.0), (2, 102.0)]
+    html = html_of(folder)
+    text = Outline(html).text
+    assert "25 %" in text
+    assert "75 %" in text
+    assert not svg.available() or "memory/process_mb over step" in html

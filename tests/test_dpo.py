@@ -1,0 +1,67 @@
+"""DPO: the fourth script, its pairs and its log-probs."""
+
+import math
+
+import pytest
+import torch
+from test_scripts import TINY, metrics, script
+
+from minirlhf.data import encode_pairs
+from minirlhf.errors import DataError
+from minirlhf.evaluate import answer_logprobs
+from minirlhf.formats import Ranking
+from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.rng import generator
+from minirlhf.templates import get_template
+from minirlhf.tokenizer import SPECIAL, Tokenizer
+
+WORDS = Tokenizer.from_words([*SPECIAL, "good", "bad", "so", "film"])
+
+
+def encoded(*records, max_length=16):
+    return encode_pairs(records, WORDS, get_template("plain"), max_length)
+
+
+def texts(pair):
+    return tuple(WORDS.decode([i for i, on in zip(e.ids, e.trained, strict=True) if on]) for e in pair)
+
+
+def test_a_list_gives_its_strict_pairs():
+    pairs, counts = encoded(Ranking("film", ["good", "so", "bad", "good bad"], [1, 2, 2, 0]))
+    assert [texts(pair) for pair in pairs] == [("good", "so"), ("good", "bad")]
+    assert counts == {"too_long": 0}
+
+
+def test_what_is_too_long_is_left_out_whole_and_counted():
+    long, short = Ranking("film", ["good " * 20, "bad"], [1, 2]), Ranking("film", ["good", "bad"], [2, 1])
+    pairs, counts = encoded(long, short)
+    assert [texts(pair) for pair in pairs] == [("bad", "good")]
+    assert counts == {"too_long": 1}
+    with pytest.raises(DataError, match="no pair"):
+        encoded(long)
+
+
+def test_log_probs_of_answers_are_those_of_each_answer_alone():
+    config = ModelConfig(family="gpt2", vocab_size=WORDS.vocab_size, n_layer=1, n_head=2, d_model=8, max_seq_len=16)
+    model = CausalLM(config, rng=generator(0, "weights"))
+    pairs, _ = encoded(Ranking("film", ["good so so", "bad", "so good"], [1, 3, 2]))
+    examples = [e for pair in pairs for e in pair]
+    found = answer_logprobs(model, examples, 2)
+    for example, sum_ in zip(examples, found, strict=True):
+        logprobs = model(torch.tensor([example.ids]))[0].double().log_softmax(-1)  # (T, V)
+        expected = sum(logprobs[t - 1, example.ids[t]] for t in range(1, len(example.ids)) if example.trained[t])
+        torch.testing.assert_close(sum_.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dpo_starts_at_ln_2_and_runs_again_bit_for_bit(tmp_path):
+    script("sft", *TINY["sft"], cwd=tmp_path)
+    tiny = ["--data.size", "64", "--dpo.minibatch_size", "16", "--dpo.microbatch_size", "8",
+            "--optim.warmup_steps", "1", "--run.log_every", "1", "--run.steps", "6"]  # fmt: skip
+    said = script("dpo", *tiny, cwd=tmp_path)
+    assert "runs/dpo/report.html" in said
+    lines = metrics(tmp_path / "runs/dpo")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[1]["loss"] != lines[0]["loss"]
+    script("dpo", *tiny, cwd=tmp_path)
+    weights = [(tmp_path / "runs" / name / "final/model.safetensors").read_bytes() for name in ("dpo", "dpo.1")]
+    assert weights[0] == weights[1]

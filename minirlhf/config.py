@@ -187,7 +187,7 @@ class PPOSection:
     value_clip_range: float = key(0.2, "ε_v around the rollout's values; 0: no clipping", low=0.0)
     value_coef: float = key(0.5, "weight of the value loss", low=0.0)
     entropy_coef: float = key(0.0, "weight of the entropy bonus", low=0.0)
-    kl_coef: float = key(0.1, "β, nats to reward", low=0.0)
+    kl_coef: float = key(0.08, "β, nats to reward", low=0.0)
     kl: str = key(
         "k1", "estimator in the reward; only k1 has the gradient of the sequence KL", choices=("k1", "k2", "k3", "abs")
     )

@@ -77,12 +77,11 @@ def main(config: PPOConfig, run: Run) -> None:
         lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
         set_lr(optimizer, lr)
         keep_rollout(run, step, rollout, lr, snapshot)
-        with engine.precision():
-            metrics |= ppo_iteration(
-                roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.lengths), p,
-                kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm, impl=c.run.impl,
-                clip=engine.clip,
-            )  # fmt: skip
+        metrics |= ppo_iteration(
+            roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.lengths), p,
+            kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm, impl=c.run.impl,
+            clip=engine.clip, precision=engine.precision,
+        )  # fmt: skip
         metrics |= {"lr": lr, "objective/kl_coef": beta.coef, "episode": step * p.rollout_size}
         beta.update(metrics["objective/kl"], p.rollout_size)
         done = time.perf_counter()

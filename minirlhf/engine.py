@@ -140,7 +140,8 @@ class Engine:
 
     def precision(self) -> torch.autocast:
         """bf16 for matrix products when asked for; weights, norms and losses stay fp32."""
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.low)
+        kind = self.device.split(":")[0]
+        return torch.autocast(kind, torch.bfloat16, enabled=self.low, cache_enabled=False)  # steps change weights
 
     @contextmanager
     def gathered(self, *models: Any) -> Iterator[None]:

@@ -5,6 +5,7 @@ loss is a sum over real tokens divided once, by the count of the optimizer step,
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from minirlhf.rollout import Rollout, policy_stats, state_values
 
 Plan = list[list[Tensor]]  # one epoch: minibatches, each cut into microbatches of row indices, for W ranks in turn
 Clip = Callable[[nn.Module, float], Tensor]  # model, largest norm → norm before
-Watch = Callable[[Tensor, Tensor, Tensor], None]  # (b,), (b, R), (b, R)
+Watch = Callable[..., None]  # rows (b,); log-probs, values, advantages, returns (b, R) each
 
 
 def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing else)
@@ -43,7 +44,8 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     max_grad_norm: float,
     impl: str = "auto",
     clip: Clip = clip_model,
-    watch: Watch | None = None,  # the ledger's eye: called with the rows, log-probs and values of every microbatch
+    precision: Callable[[], AbstractContextManager] = nullcontext,  # of the forwards; a backward pass follows them
+    watch: Watch | None = None,  # the ledger's eye on every microbatch
 ) -> dict[str, float]:
     """Improve policy and value model on one rollout; returns the metrics of the iteration."""
     o = options
@@ -70,9 +72,10 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 part = rollout.rows(index)
                 R = part.responses.shape[1]
                 m, f, A, old = actions[index, :R], fitted[index, :R], advantages[index, :R], part.old_logprobs
-                stats = policy_stats(policy, part, temperature=temperature, want=want, impl=impl)
+                with precision():
+                    stats = policy_stats(policy, part, temperature=temperature, want=want, impl=impl)
+                    values = state_values(value_model, part)
                 logprobs = stats["logprobs"]
-                values = state_values(value_model, part)
                 pg = policy_loss(logprobs, old, A, clip_range=o.clip_range)  # (b, R)
                 vf = value_loss(values, part.values, returns[index, :R], clip_range=o.value_clip_range or None)
                 bonus = o.entropy_coef * stats["entropy"] if o.entropy_coef else 0.0
@@ -86,7 +89,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 )  # fmt: skip
                 steps[-1].add(f, value=vf)
                 if watch:
-                    watch(index, logprobs.detach(), values.detach())
+                    watch(index, logprobs.detach(), values.detach(), A, returns[index, :R])
             optimizer_step(optimizer, (policy, value_model), max_grad_norm, clip)
         if o.stop_kl and mean_of(steps[-len(minibatches) :], "kl") > o.stop_kl:
             break

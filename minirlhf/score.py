@@ -1,6 +1,7 @@
 """What a reward model says of the answers of a data file: JSON lines on stdout, a summary on stderr.
 
     python -m minirlhf.score runs/rm/final answers.jsonl > scores.jsonl
+    python -m minirlhf.score runs/rm/final < answers.jsonl
 
 Every format that `formats` reads. Of ranked answers, pairs among them, the summary also tells how often the model
 agrees with the ranks.
@@ -8,8 +9,10 @@ agrees with the ranks.
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +24,20 @@ from minirlhf.errors import DataError, UserError
 from minirlhf.evaluate import ranking_accuracy, score_sequences
 from minirlhf.formats import read_records
 from minirlhf.pretrained import load_reward_model
+
+
+def read(args: argparse.Namespace) -> tuple[list[Any], Any]:
+    """Records of the file, or of what is piped in, which is kept in a file until it is whole."""
+    how = {"format": args.format, "on_bad_row": args.on_bad_row}
+    if args.path != "-":
+        return read_records(args.path, **how)
+    with tempfile.NamedTemporaryFile() as piped:
+        shutil.copyfileobj(sys.stdin.buffer, piped)
+        piped.flush()
+        try:
+            return read_records(piped.name, **how)
+        except DataError as e:
+            raise DataError(str(e).replace(piped.name, "-")) from e
 
 
 def answers(record: Any) -> list[dict[str, Any]]:
@@ -76,7 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minirlhf.score", allow_abbrev=False)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="folder of a reward model")
-    add("path", metavar="FILE", help="answers: JSON lines, JSON, TSV, .gz, in a format of `minirlhf.formats`")
+    add(
+        "path",
+        metavar="FILE",
+        nargs="?",
+        default="-",
+        help="answers, in a format of `formats` (default: stdin)",
+    )
     add("--format", default="auto", help="the file's format (default: told from its rows)")
     add("--on_bad_row", default="error", choices=("error", "drop"), help="what a bad row does (default error)")
     add("--template", default="", help="prompt template (default: the model's own)")
@@ -84,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         loaded = open_folder(args.folder, load_reward_model, template=args.template, device=args.device)
-        records, read = read_records(args.path, format=args.format, on_bad_row=args.on_bad_row)
+        records, found = read(args)
         try:
             lines = scored(loaded, records, args.device)
         except DataError as e:
@@ -93,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise DataError(f"{args.path}: holds no answers to score")
         for line in lines:
             print(json.dumps(line, ensure_ascii=False))  # noqa: T201
-        dropped = f"; {len(read.dropped)} rows left out" if read.dropped else ""
+        dropped = f"; {len(found.dropped)} rows left out" if found.dropped else ""
         print(summary(loaded, records, lines, args.device) + dropped, file=sys.stderr)  # noqa: T201
         return 0
     except UserError as e:

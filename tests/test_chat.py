@@ -1,11 +1,13 @@
 """The conversation: one answer per line, the sampler's own tokens, nothing that depends on anything but the input."""
 
 import io
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from test_scripts import ENV
 
 from minirlhf import chat, review_world, stage
 from minirlhf.generate import Sampling, generate
@@ -188,3 +190,20 @@ def test_characters_of_several_tokens_wait_until_they_are_whole(monkeypatch):
     monkeypatch.setattr(chat, "stream", lambda *_: iter(raw))
     pieces = list(chat.Speaker("x", fake, Sampling(20, (1,)))._pieces([1], torch.Generator()))
     assert [p for p in pieces if p] == ["a", "é", "你", "b", "\ufffd"]
+
+
+def test_a_pipe_gives_the_same_twice(folders):
+    """As a program: stdout depends on folders, flags and input alone."""
+    text = f"{FILM}\n{HOTEL}\nclear\n{FILM}\nquit\n{HOTEL}\n"
+    command = [sys.executable, "-m", "minirlhf.chat", str(folders / "a"), str(folders / "b"), "--seed", "7"]
+    command += ["--max_new_tokens", "8", "--score", str(folders / "rm")]
+    outs = []
+    for seed in ("0", "1"):
+        env = ENV | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(command, input=text, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        outs.append(done.stdout)
+    assert outs[0] == outs[1]
+    lines = outs[0].splitlines()
+    assert len(lines) == 3 * 2 * 2  # an answer and a score of either model
+    assert lines[8:] == lines[:4]

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES, SWITCHES
+from minirlhf.products import linear
 
 DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
 SIZES: tuple[str, ...] = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
@@ -195,6 +196,10 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Leaves the memory as it is."""
 
+    def forward(self, x: Tensor) -> Tensor:  # (..., n_in) → (..., n_out)
+        """x Wᵀ + b."""
+        return linear(x, self.weight, self.bias)
+
 
 class Head(Linear):
     """A bias-free linear map whose result is at least fp32, whatever the weights are: logits, scores and values."""
@@ -206,9 +211,9 @@ class Head(Linear):
         """Products of bf16 numbers summed in fp32 and never rounded back: bf16 logits cost 6 % of ratio noise."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         if not torch.is_autocast_enabled(x.device.type):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+            return linear(x.to(dtype), self.weight.to(dtype))
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+            return linear(x.to(dtype), self.weight.to(dtype))
 
 
 class Embedding(nn.Embedding):

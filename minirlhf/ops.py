@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minirlhf.products import product
+
 ROWS = 2048  # rows of logits that `head_stats` holds at once, at most
 BUDGET = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}  # their bytes in fp32: what caches hold, or what launches cost
 LOWEST = -1e30  # for -inf, which would make 0·(-inf) of what is excluded
@@ -197,9 +199,9 @@ class _Head(torch.autograd.Function):
         for rows, cols in _tiles(len(hidden), len(weight), hidden.device.type):
             du = _logit_gradient(rows, cols, inputs, norms, given, ctx.plan)  # (n, v)
             if dh is not None:
-                _add_product(dh[rows], du, weight[cols].to(hidden.dtype))
+                dh[rows] += product(du, weight[cols].to(hidden.dtype))
             if dw is not None:
-                _add_product(dw[cols], du.T, hidden[rows])
+                dw[cols] += product(du.T, hidden[rows])
             if db is not None:
                 db[cols] += du.sum(0)
         return dh, dw, db, *(None,) * 4
@@ -261,7 +263,7 @@ class _Sums:
             if name in self.vectors:
                 vector, w = self.vectors[name][rows], self.inputs[1][cols]
                 _move(vector.T, self.vectors["s"][rows].T, shift, decay)
-                _add_product(vector, part if bend is None else part * bend, w.to(self.inputs[0].dtype))
+                vector += product(part if bend is None else part * bend, w.to(self.inputs[0].dtype))
 
     def norms(self) -> _Norms:
         """For the backward pass."""
@@ -328,7 +330,7 @@ def _columns(targets: Tensor, cols: slice) -> tuple[Tensor, Tensor]:  # (n,) →
 def _logits(rows: slice, cols: slice, inputs: Sequence[Any], plan: _Plan) -> tuple[Tensor, Tensor | None]:  # (n, v)
     """z, and with a softcap dv/du = 1 - (v/softcap)²."""
     hidden, weight, bias = inputs[:3]
-    z = _product(hidden[rows], weight[cols].to(hidden.dtype).T)
+    z = product(hidden[rows], weight[cols].to(hidden.dtype).T)
     if bias is not None:
         z += bias[cols]
     return _capped(z, plan)
@@ -336,7 +338,7 @@ def _logits(rows: slice, cols: slice, inputs: Sequence[Any], plan: _Plan) -> tup
 
 def _ref_logits(rows: slice, cols: slice, inputs: Sequence[Any], plan: _Plan) -> Tensor:  # (n, v)
     hidden, weight = inputs[4:6]
-    return _capped(_product(hidden[rows], weight[cols].to(hidden.dtype).T), plan)[0]
+    return _capped(product(hidden[rows], weight[cols].to(hidden.dtype).T), plan)[0]
 
 
 def _capped(u: Tensor, plan: _Plan) -> tuple[Tensor, Tensor | None]:  # (n, v), in place
@@ -381,18 +383,3 @@ def _product_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     if a.is_cuda and a.dtype == b.dtype:
         return a.dtype
     return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at least fp32
-    """A matrix product, a rounded to the dtype of b; summed in fp32 at least, and never rounded back."""
-    if b.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    return torch.mm(a, b)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:  # (n, m), (n, k), (k, m)
-    """total += a b."""
-    if total.dtype == b.dtype:
-        total.addmm_(a, b)
-    else:
-        total += _product(a, b)

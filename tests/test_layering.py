@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minirlhf"
 FLOORS = [
-    "errors rng families safefile",
+    "errors rng families safefile products",
     "config dist masked tokenizer lora_config lora",
     "rows readers formats templates review_world data log ops model",
     "heads hf_config pretrained generate fsdp engine optim",
@@ -21,7 +21,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 TOP = len(FLOORS)
 MATHEMATICS = {
     "masked": set(),
-    "ops": set(),
+    "ops": {"products"},
     "advantage": {"masked"},
     "loss": {"masked"},
     "reward": {"masked", "ops", "errors"},

@@ -1,0 +1,109 @@
+"""Products by oneDNN against torch's own in fp64, and when they are used."""
+
+import pytest
+import torch
+from tolerance import assert_close, exact, fp64
+from torch.nn import functional as F
+
+from minirlhf import products
+from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.products import linear, product
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Shapes of x in every call of oneDNN."""
+    seen, body = [], products._onednn
+    monkeypatch.setattr(products, "_onednn", lambda x, *a: (seen.append(tuple(x.shape)), body(x, *a))[1])
+    return seen
+
+
+def tensors(*shape, out, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=rng, dtype=torch.float64).to(dtype) for s in (shape, (out, shape[-1]), (out,))]
+
+
+def results(function, inputs, trained=(True, True, True), *, upstream=None):
+    leaves = [x.clone().requires_grad_(on) for x, on in zip(inputs, trained, strict=True)]
+    y = function(*leaves)
+    g = torch.ones((), dtype=y.dtype).expand(y.shape) if upstream is None else upstream.to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [x for x in leaves if x.requires_grad], g)]
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(70, 130), (3, 41, 97), (1, 2, 64, 65), (1, 9001), (1025, 32)])
+@pytest.mark.parametrize("trained", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+@pytest.mark.parametrize("own_gradient", [False, True])
+def test_as_exact_as_torch(spy, shape, trained, own_gradient):
+    """Values and gradients: at most twice torch's own error against fp64, also for a stride-0 upstream gradient."""
+    inputs = tensors(*shape, out=129)
+    trained = [bool(on) for on in trained]
+    g = tensors(*shape[:-1], 129, out=1)[0] if own_gradient else None
+    ours, plain, truth = (
+        results(f, [x.to(dtype) for x in inputs], trained, upstream=g)
+        for f, dtype in ((linear, torch.float32), (F.linear, torch.float32), (F.linear, torch.float64))
+    )
+    assert spy
+    for a, b, t in zip(ours, plain, truth, strict=True):
+        assert a.dtype == torch.float32
+        assert a.shape == t.shape
+        assert float((a - t).abs().max()) <= 2 * float((b - t).abs().max()) + 2e-6 * float(t.abs().max())
+
+
+@needs_onednn
+def test_twice_the_same_bits_and_the_same_with_and_without_gradients(spy):
+    inputs = tensors(64, 256, out=128)
+    with torch.no_grad():
+        plain = linear(*inputs)
+    first, second = results(linear, inputs), results(linear, inputs)
+    assert len(spy) > 4
+    for a, b in zip(first, second, strict=True):
+        assert_close(a, b, exact)
+    assert_close(first[0], plain, exact)
+
+
+@needs_onednn
+def test_transposed_and_strided_inputs(spy):
+    a, b, _ = tensors(192, 200, out=150)
+    for x, y in ((a, b.T), (a.T.contiguous().T, b.T), (a[::2], b.T), (a, b.T.contiguous()), (a[:, :64], b[:, :64].T)):
+        assert_close(product(x, y).double(), x.double() @ y.double(), {"rtol": 1e-5, "atol": 2e-5})
+    assert len(spy) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_torchs_own(spy, dtype):
+    inputs = tensors(64, 256, out=128, dtype=dtype)
+    for a, b in zip(results(linear, inputs), results(F.linear, inputs), strict=True):
+        assert_close(a, b, exact)
+    if dtype == torch.float64:
+        assert_close(product(inputs[0], inputs[1].T), inputs[0] @ inputs[1].T, fp64)
+    assert not spy
+
+
+def test_small_products_are_torchs_own(spy):
+    inputs = tensors(1, 4, out=8)
+    assert_close(linear(*inputs), F.linear(*inputs), exact)
+    assert linear(torch.zeros(0, 4096), torch.zeros(4096, 4096)).shape == (0, 4096)
+    assert not spy
+
+
+def test_autocast_is_torchs_own(spy):
+    x, w, b = tensors(64, 256, out=128)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w, b).dtype == torch.bfloat16
+    assert not spy
+
+
+@needs_onednn
+def test_turned_off_it_changes_no_more_than_rounding(spy):
+    config = ModelConfig(vocab_size=512, n_layer=2, n_head=4, d_model=128, max_seq_len=64)
+    model = CausalLM(config, rng=torch.Generator().manual_seed(0))
+    ids = torch.randint(512, (8, 64), generator=torch.Generator().manual_seed(1))
+    fast = model(ids).detach()
+    used = len(spy)
+    with torch.backends.mkldnn.flags(enabled=False):
+        plain = model(ids).detach()
+    assert used == len(spy) == 2 * 4 + 1
+    assert_close(fast, plain, {"rtol": 1e-5, "atol": 2e-6})

@@ -123,7 +123,7 @@ def look_last(run: Run, exam: Callable[..., list[Any]], prompts: list[list[int]]
     before = json.loads((run.folder / "evaluation.json").read_text())["before"]
     after = summary(exam(repeated(prompts, EXAM)))
     if "gold" in after:
-        after["frontier_share"] = frontier_share(after["kl"], after["gold"])
+        after["frontier_share"] = frontier_share(before["gold"], after["gold"], after["kl"])
     write_json(run.folder / "evaluation.json", {"before": before, "after": after})
     run.say(verdict(before, after))
 

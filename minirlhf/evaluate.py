@@ -182,10 +182,9 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {"answers": n, **mean, "score_std": deviation, "distinct_frac": distinct}
 
 
-def frontier_share(kl: float, gold: float) -> float:
-    """The share of the gain in gold that the built-in task allows at this KL (nats per answer)."""
-    start = review_world.frontier(0.0)
-    return (gold - start) / (review_world.frontier(kl) - start) if kl > 0 else 0.0
+def frontier_share(before: float, after: float, kl: float) -> float:
+    """The gain in mean gold as a share of what the built-in task's exact frontier gains at this KL, in nats."""
+    return (after - before) / (review_world.frontier(kl) - review_world.frontier(0.0)) if kl > 0 else 0.0
 
 
 @torch.no_grad()

@@ -243,7 +243,7 @@ def save_rollout(
     columns = {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "score_at"}
     groups = {"rollout": columns} | weights
     tensors = {f"{group}.{name}": x for group, named in groups.items() for name, x in named.items()}
-    words = json.dumps({"score_at": rollout.score_at, "state": state}, ensure_ascii=False)
+    words = json.dumps({"score_at": rollout.score_at, "state": state, "weights": list(weights)}, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata={"minirlhf": words})
@@ -261,6 +261,7 @@ def load_rollout(path: Path) -> tuple[Rollout, dict[str, Any], dict[str, dict[st
             for key in file.keys():  # noqa: SIM118  (safe_open is no dict)
                 group, name = key.split(".", 1)
                 groups.setdefault(group, {})[name] = file.get_tensor(key)
-        return Rollout(**groups.pop("rollout"), score_at=words["score_at"]), words["state"], groups
+        weights = {group: groups.get(group, {}) for group in words["weights"]}  # no moments before the first step
+        return Rollout(**groups["rollout"], score_at=words["score_at"]), words["state"], weights
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise CheckpointError(f"{path}: is no rollout that ppo.save_rollouts wrote ({e})") from e

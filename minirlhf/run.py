@@ -307,7 +307,7 @@ def run_script(
     except RuntimeError as e:
         if not dist.is_lost(e):
             raise
-        return dist.leave(complain(f"{dist.silent_ranks()} ({str(e).splitlines()[0]})", 1, config))
+        return dist.leave(complain(f"{dist.silent_ranks()} ({e.args[0]})", 1, config))
     finally:
         dist.stop()
 

@@ -259,3 +259,17 @@ def test_preset_files_are_configs():
     folder = Path(importlib.import_module("minirlhf").__file__).parent / "presets"
     for name in PRESETS:
         assert set(tomllib.loads((folder / f"{name}_ppo.toml").read_text(encoding="utf-8"))) == {"ppo"}
+
+
+def test_the_table_of_the_docs_is_that_of_the_files():
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in (HERE.parent / "docs/presets.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith(("| `", "| option"))
+    ]
+    assert tuple(rows[0][1:]) == PRESETS
+    for i, name in enumerate(PRESETS):
+        said = {row[0]: row[1 + i] for row in rows[1:]}
+        held = {k.removeprefix("ppo."): v for k, v in preset_options(name).items()}
+        assert said == {k: str(v).lower() if isinstance(v, bool) else f"{v:g}" if isinstance(v, int | float) else v
+                        for k, v in held.items()}  # fmt: skip

@@ -59,6 +59,7 @@ class TorchSharded(Replicated):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         super().__init__(model)
+        self._whole = False  # inside `gathered()`
         dist.start(device, alone=True)
         mesh = init_device_mesh(device.split(":")[0], (dist.world_size(),))
         low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -89,6 +90,10 @@ class TorchSharded(Replicated):
     @contextmanager
     def gathered(self) -> Iterator[None]:  # type: ignore[override]
         """Whole weights for a while, without gradients."""
+        if self._whole:
+            yield
+            return
+        self._whole = True
         for part in self._parts():
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
@@ -96,6 +101,7 @@ class TorchSharded(Replicated):
             with torch.no_grad():
                 yield
         finally:
+            self._whole = False
             for part in self._parts():
                 part.set_reshard_after_forward(part is not self.model, recurse=False)
                 part.reshard()

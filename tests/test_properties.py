@@ -5,12 +5,13 @@ Numbers are normal from a drawn seed, masks have holes and empty rows. The model
 
 import itertools
 import math
+import os
 import threading
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close, exact, fp64
 
@@ -29,7 +30,10 @@ from minirlhf.masked import keep, masked_mean, masked_sum, masked_var, whiten
 from minirlhf.ops import head_stats, kl_estimate, token_logprobs
 from minirlhf.reward import shape_rewards
 
-settings.register_profile("bounded", max_examples=25, deadline=None, derandomize=True, database=None)
+settings.register_profile(
+    "bounded", max_examples=int(os.environ.get("EXAMPLES", 25)), phases=(Phase.explicit, Phase.generate), deadline=None,
+    derandomize=True, database=None,
+)  # fmt: skip
 settings.load_profile("bounded")
 KINDS = pytest.mark.parametrize("kind", ["k1", "k2", "k3", "abs"])
 sums = {"rtol": 1e-12, "atol": 1e-12}  # the same numbers in another order

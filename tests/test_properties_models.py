@@ -2,10 +2,11 @@
 
 import copy
 import dataclasses
+import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_rollout import EOS, OPTIONS, PAD, V, roles_of, roll
 from tolerance import assert_close, exact, fp32, fp64
@@ -21,7 +22,10 @@ from minirlhf.ppo import epoch_plans, ppo_iteration
 from minirlhf.rng import generator
 from minirlhf.rollout import policy_stats, target_stats
 
-settings.register_profile("bounded", max_examples=10, deadline=None, derandomize=True, database=None)
+settings.register_profile(
+    "bounded", max_examples=int(os.environ.get("EXAMPLES", 10)), phases=(Phase.explicit, Phase.generate), deadline=None,
+    derandomize=True, database=None,
+)  # fmt: skip
 settings.load_profile("bounded")
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 seeds = st.integers(0, 2**32 - 1)

@@ -123,10 +123,10 @@ def speaker(path: str, args: argparse.Namespace) -> Speaker:
     """A model that is ready to answer."""
     loaded = open_folder(path, load_causal_lm, template=args.template, device=args.device)
     longest = answer_length(loaded, args.max_new_tokens, path)
-    stop, unwanted = loaded.template.stop_token_id(loaded.tokenizer), (loaded.tokenizer.pad_id, loaded.tokenizer.unk_id)
+    stop = loaded.template.stop_token_id(loaded.tokenizer)
     sampling = Sampling(
         longest, (stop,), args.temperature or 1.0, top_k=args.top_k, top_p=args.top_p,
-        suppress_tokens=tuple({i for i in unwanted if i is not None} - {stop}), do_sample=args.temperature > 0,
+        suppress_tokens=stage.never_drawn(loaded), do_sample=args.temperature > 0,
     )  # fmt: skip
     return Speaker(path, loaded, sampling)
 

@@ -181,7 +181,7 @@ def function_score(function: TextScore, tokenizer: Tokenizer) -> Callable[[Rollo
 
 
 def sampling(config: Any, loaded: Loaded) -> dict[str, Any]:
-    """The arguments of `generate`: <pad> and <unk> are never drawn, unless <pad> is what ends an answer."""
+    """The arguments of `generate`."""
     s, tokenizer = config.sample, loaded.tokenizer
     eos = loaded.template.stop_token_id(tokenizer)
     return {
@@ -193,8 +193,16 @@ def sampling(config: Any, loaded: Loaded) -> dict[str, Any]:
         "top_p": s.top_p,
         "min_new_tokens": s.min_new_tokens,
         "begin_suppress_tokens": (eos,) if s.begin_suppress_eos else (),
-        "suppress_tokens": tuple({i for i in (tokenizer.pad_id, tokenizer.unk_id) if i is not None} - {eos}),
+        "suppress_tokens": never_drawn(loaded),
     }
+
+
+def never_drawn(loaded: Loaded) -> tuple[int, ...]:
+    """<pad> and <unk>, unless they end an answer, and rows of the embedding that no token has."""
+    tokenizer = loaded.tokenizer
+    spare = range(tokenizer.vocab_size, loaded.model.config.vocab_size)
+    ids = {i for i in (tokenizer.pad_id, tokenizer.unk_id, *spare) if i is not None}
+    return tuple(sorted(ids - {loaded.template.stop_token_id(tokenizer)}))
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_critics(folders, policy, reward, critic):
     assert len(got) == 1
     assert "score" in got.pop()
     folder = folders / "final"
-    stage.save_ppo(folder, loaded, roles)
+    stage.save_ppo(folder, loaded, roles.value_model)
     with torch.no_grad():
         stirred_head(value).fill_(0.5)
     write_model(folder / "value_model", value)
@@ -406,7 +406,7 @@ def test_adapters_of_the_wrong_kind(folders):
     with pytest.raises(CheckpointError, match="without the score head"):
         load(folders / "sft", load_reward_model)
     roles, loaded, _ = stage.ppo_roles(config(folders))
-    stage.save_ppo(folders / "ppo", loaded, roles)
+    stage.save_ppo(folders / "ppo", loaded, roles.value_model)
     with pytest.raises(CheckpointError, match="of a value model, and a reward model is needed"):
         open_model(folders / "ppo/value_model", load_reward_model, "cpu")
     with pytest.raises(CheckpointError, match="of a reward model, and a value model is needed"):
@@ -453,7 +453,7 @@ def test_a_loaded_adapter_is_in_evaluation_mode(folders):
 
 def test_only_adapters_are_written(folders):
     roles, loaded, _ = stage.ppo_roles(config(folders))
-    stage.save_ppo(folders / "ppo", loaded, roles)
+    stage.save_ppo(folders / "ppo", loaded, roles.value_model)
     files = sorted(p.relative_to(folders / "ppo").as_posix() for p in (folders / "ppo").rglob("*.safetensors"))
     assert files == ["adapter_model.safetensors", "value_model/adapter_model.safetensors"]
     for name in files:
@@ -472,3 +472,12 @@ def test_meta_device_reads_nothing(folders):
             described = partial(map, lambda x: (x[0], x[1].shape, x[1].requires_grad))
             assert [*described(a.named_parameters())] == [*described(b.named_parameters())]
     assert LOADED == "loaded"
+
+
+def test_rows_of_the_embedding_without_a_token_are_never_drawn(folders):
+    padded = lm(vocab_size=WORDS.vocab_size + 3)
+    save_pretrained(padded, folders / "padded", tokenizer=WORDS)
+    loaded = load(folders / "padded")
+    spare = {WORDS.vocab_size, WORDS.vocab_size + 1, WORDS.vocab_size + 2}
+    assert set(stage.never_drawn(loaded)) == {WORDS.pad_id, WORDS.unk_id} | spare
+    assert set(stage.sampling(config(folders), loaded)["suppress_tokens"]) >= spare

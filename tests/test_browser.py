@@ -1,14 +1,18 @@
 """The labeling page and the report in a real browser. Skipped where chromium and chromedriver are missing."""
 
-import json
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import webdriver
+from test_chat import folders  # noqa: F401  the fixture
 from test_label import TASKS, lines_of, serving, write_tasks
 from test_report import HOSTILE, make_run, needs_matplotlib
+from test_scripts import ENV, ROOT
 
+from minirlhf import review_world
 from minirlhf.formats import read_records
 from minirlhf.report import write_report
 
@@ -500,6 +504,28 @@ def test_1000_random_actions(desk):
     play(desk(MANY), 1000, 1)
 
 
+# ---- what it is for -------------------------------------------------------------------------------------------------
+
+
+def test_labels_made_here_train_a_reward_model_that_agrees(desk, folders, tmp_path):  # noqa: F811
+    """Of 16 tasks with 4 answers each, ranked with keys by their length."""
+    counts = [random.Random(i).sample(range(1, 12), 4) for i in range(16)]
+    answers = [[" ".join(["great"] * n) + " ." for n in four] for four in counts]
+    tasks = [{"prompt": p, "responses": a} for p, a in zip(review_world.prompts() * 2, answers, strict=True)]
+    here = desk(tasks)
+    for task in tasks:
+        lengths = [len(text) for text in task["responses"]]
+        here.rank([1 + sum(other < length for other in lengths) for length in lengths])
+        here.save()
+    command = [sys.executable, str(ROOT / "train_rm.py"), "--model.path", folders / "a", "--data.path", here.out,
+               "--run.steps", "25", "--optim.warmup_steps", "3", "--run.dir", tmp_path / "rm"]  # fmt: skip
+    how = {"env": ENV, "capture_output": True, "text": True, "timeout": 300, "check": True}
+    subprocess.run([*map(str, command)], **how)
+    done = subprocess.run([sys.executable, "-m", "minirlhf.score", str(tmp_path / "rm/final"), str(here.out)], **how)
+    assert "of 96 pairs" in done.stderr
+    assert float(re.search(r"agrees with ([\d.]+)", done.stderr)[1]) > 0.95
+
+
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
@@ -523,10 +549,3 @@ def test_the_report_fits_is_silent_and_asks_nobody(browser, tmp_path, width):
     boxes = browser.run("return [...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().right)")
     assert len(boxes) > 10
     assert max(boxes) <= width
-
-
-def test_the_label_file_and_the_page_agree_on_keys(desk):
-    here = desk()
-    line = json.loads(json.dumps(here.page.task()))
-    assert {"task", "prompt", "responses", "done", "total"} <= line.keys()
-    assert re.fullmatch("[0-9a-f]{16}", line["task"])

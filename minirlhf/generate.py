@@ -109,11 +109,12 @@ def _decode(
     logprobs = torch.zeros(B, R, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
     prompts, rows = input_ids.repeat_interleave(n, 0), torch.arange(B, device=device)
     prefix = torch.cat([mask.repeat_interleave(n, 0), torch.ones(B, R, dtype=torch.bool, device=device)], 1)  # (B, P+R)
-    P = input_ids.shape[1]
+    P, padded = input_ids.shape[1], not mask.all()
     ends = torch.tensor(sampling.eos_token_ids, device=device)
+    head = model.head.widened()
 
     for t in range(R):
-        logits = model.head(hidden)  # (b, V) at least fp32
+        logits = model.head(hidden, head)  # (b, V) at least fp32
         bad = ~torch.isfinite(logits.sum(-1))  # (b,)
         if bad.any():
             raise NonFiniteError(f"logits of row {rows[bad][0].item()} at new token {t} are NaN or infinite")
@@ -127,7 +128,8 @@ def _decode(
         if len(still) < len(rows):
             rows, token = rows[still], token[still]
             cache = cache.rows(still)
-        hidden = model.hidden(token[:, None], prefix[rows, : P + t + 1], cache=cache)[:, -1]  # (b', C)
+        real = prefix[rows, : P + t + 1] if padded else None  # (b', P+t+1)
+        hidden = model.hidden(token[:, None], real, cache=cache)[:, -1]  # (b', C)
     longest = int(taken.any(0).sum())
     return Generation(tokens[:, :longest], taken[:, :longest], logprobs[:, :longest])
 

@@ -207,13 +207,18 @@ class Head(Linear):
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., C) → (..., n_out)
+    def widened(self) -> Tensor | None:  # (n_out, C)
+        """The weight for many calls of `forward`, so that not each of them converts it; None: it is wide already."""
+        return None if self.weight.dtype in (torch.float32, torch.float64) else self.weight.float()
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:  # (..., C) → (..., n_out)
         """Products of bf16 numbers summed in fp32 and never rounded back: bf16 logits cost 6 % of ratio noise."""
-        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        weight = self.weight if weight is None else weight
+        dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         if not torch.is_autocast_enabled(x.device.type):
-            return linear(x.to(dtype), self.weight.to(dtype))
+            return linear(x.to(dtype), weight.to(dtype))
         with torch.autocast(x.device.type, enabled=False):
-            return linear(x.to(dtype), self.weight.to(dtype))
+            return linear(x.to(dtype), weight.to(dtype))
 
 
 class Embedding(nn.Embedding):

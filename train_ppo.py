@@ -23,9 +23,10 @@ from minirlhf.config import PPOConfig, preset_line
 from minirlhf.data import left_padded, step_rows
 from minirlhf.engine import Engine
 from minirlhf.evaluate import Gold, examine, frontier_share, summary
+from minirlhf.forensics import Guard
 from minirlhf.memory import dry_run
 from minirlhf.optim import adamw, lr_factor, set_lr
-from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers, score_moments
+from minirlhf.ppo import epoch_plans, ppo_iteration, require_finite, rollout_metrics, score_answers, score_moments
 from minirlhf.probe import TextScore, write_probe
 from minirlhf.reward import AdaptiveKL, FixedKL
 from minirlhf.rng import generator
@@ -52,43 +53,50 @@ def main(config: PPOConfig, run: Run) -> None:
     trained = {"policy": roles.policy, "value_model": roles.value_model}
     named = [(f"{role}.{name}", x) for role, model in trained.items() for name, x in model.named_parameters()]
     optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
-    start, tensors, state = run.restore() or (0, {}, {"kl_coef": p.kl_coef, "shift": 0.0, "scale": 1.0})
+    start, tensors, state = run.restore() or (0, {}, {"kl_coef": p.kl_coef})
     if tensors:
         engine.load(trained, optimizer, tensors)
     beta = AdaptiveKL(state["kl_coef"], target=p.kl_target, horizon=p.kl_horizon) if p.kl_target else FixedKL(p.kl_coef)
 
     def snapshot() -> tuple[dict[str, Any], dict[str, Any]]:
-        return engine.state(trained, optimizer), state | {"kl_coef": beta.coef}
+        return engine.state(trained, optimizer), state | {"kl_coef": beta.coef, "skipped": guard.skipped}
+
+    guard = Guard(run, roles._asdict(), snapshot, state.get("skipped", 0))
 
     if p.preset:
         run.say(preset_line(c))
     if start == 0:
         look_first(run, exam, texts, prompts, engine.whole_in(roles.reward_model, of_texts))
     for step in run.steps(start, snapshot):
+        metrics: dict[str, Any] = {}
         began = time.perf_counter()
-        plan = partial(epoch_plans, options=p, seed=c.run.seed, iteration=step)
-        rollout = answers(c, roles, prompts, sampling, step, lambda n: list(chain(*plan(n)[0])))  # noqa: B023
-        metrics = rollout_metrics(rollout) | signals(rollout) | gold_metrics(rollout, loaded, gold)
-        if step == 1:
-            state |= score_moments(rollout.scores, p.score_norm)
-        scores = score_answers(rollout.scores, rollout.has_eos, p, state["shift"], state["scale"])
-        collected = time.perf_counter()
-
         lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
         set_lr(optimizer, lr)
-        keep_rollout(run, step, rollout, lr, snapshot)
-        metrics |= ppo_iteration(
-            roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.lengths), p,
-            kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm, impl=c.run.impl,
-            clip=engine.clip, precision=engine.precision,
-        )  # fmt: skip
-        metrics |= {"lr": lr, "objective/kl_coef": beta.coef, "episode": step * p.rollout_size}
-        beta.update(metrics["objective/kl"], p.rollout_size)
-        done = time.perf_counter()
-        metrics |= {"time/rollout_s": collected - began, "time/update_s": done - collected}
-        run.log(step, metrics | {"tokens_per_s": int(rollout.lengths.sum()) / (done - began)}, WORDS)
+        plan = partial(epoch_plans, options=p, seed=c.run.seed, iteration=step)
+        ask = partial(answers, c, roles, prompts, sampling, step, lambda n: list(chain(*plan(n)[0])))  # noqa: B023
+        with guard.step(step, ask):
+            rollout = ask()
+            guard.saw(rollout, loaded.tokenizer, {"shift": 0.0, "scale": 1.0} | state | {"step": step, "lr": lr})
+            metrics |= rollout_metrics(rollout) | signals(rollout) | gold_metrics(rollout, loaded, gold)
+            if "shift" not in state:  # of the first rollout
+                require_finite(scores=rollout.scores)
+                state |= score_moments(rollout.scores, p.score_norm)
+            scores = score_answers(rollout.scores, rollout.has_eos, p, state["shift"], state["scale"])
+            collected = time.perf_counter()
+            keep_rollout(run, step, rollout, lr, snapshot)
+            metrics |= ppo_iteration(
+                roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.lengths), p,
+                kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm, impl=c.run.impl,
+                clip=engine.clip, precision=engine.precision,
+            )  # fmt: skip
+            metrics |= {"lr": lr, "objective/kl_coef": beta.coef, "episode": step * p.rollout_size}
+            beta.update(metrics["objective/kl"], p.rollout_size)
+            done = time.perf_counter()
+            metrics |= {"time/rollout_s": collected - began, "time/update_s": done - collected,
+                        "tokens_per_s": int(rollout.lengths.sum()) / (done - began)}  # fmt: skip
+        run.log(step, metrics | guard.metrics, WORDS)
         watch(run, step, limits)
-        if step in SHOWN or step == c.run.steps:
+        if not guard.skipped and (step in SHOWN or step == c.run.steps):
             show(run, exam(prompts[:6]), step)
 
     look_last(run, exam, prompts)
@@ -113,7 +121,8 @@ def look_first(
 def watch(run: Run, step: int, limits: Limits) -> None:
     """What the step's line of the log gives reason to."""
     logged = run.history and run.history[-1]["step"] == step  # by one rank, at steps that are due
-    run.alarm(step, alarms(run.history, limits) if logged else [], stop=run.config.ppo.on_alarm == "stop")
+    sound = [line for line in run.history if "skipped" not in line]
+    run.alarm(step, alarms(sound, limits) if logged and sound else [], stop=run.config.ppo.on_alarm == "stop")
 
 
 def look_last(run: Run, exam: Callable[..., list[Any]], prompts: list[list[int]]) -> None:

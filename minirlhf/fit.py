@@ -1,5 +1,6 @@
 """The loop of a supervised stage: losses in, an optimizer step, a line in the log."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from minirlhf import dist
 from minirlhf.engine import Engine, Tensors
 from minirlhf.errors import NonFiniteError
+from minirlhf.forensics import Guard
 from minirlhf.optim import adamw, lr_factor, set_lr
 from minirlhf.run import Run
 
@@ -31,12 +33,14 @@ def fit(
     o, steps = run.config.optim, run.config.run.steps
     optimizer = adamw(model.named_parameters(), lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
     found: dict[str, float] = {}
-    start, tensors, _ = run.restore() or (0, {}, {})
+    start, tensors, state = run.restore() or (0, {}, {})
     if tensors:
         engine.load({"model": model}, optimizer, tensors)
 
     def snapshot() -> tuple[Tensors, dict[str, Any]]:
-        return engine.state({"model": model}, optimizer), {}
+        return engine.state({"model": model}, optimizer), {"skipped": guard.skipped}
+
+    guard = Guard(run, {"model": model}, snapshot, state.get("skipped", 0))
 
     for step in run.steps(start, snapshot):
         began, loss, tokens = time.perf_counter(), 0.0, 0
@@ -46,11 +50,13 @@ def fit(
             loss, tokens = loss + float(part.detach()), tokens + n
         loss, tokens = dist.all_sum(torch.tensor([loss, tokens], dtype=torch.float64)).tolist()
         norm = float(engine.clip(model, o.max_grad_norm))
-        if norm - norm != 0:
-            raise NonFiniteError(f"step {step}: the gradient is NaN or infinite; lower optim.lr")
         lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=steps, final=o.final_lr)
         set_lr(optimizer, lr)
-        optimizer.step()
+        with guard.step(step, engine.whole_in(model, lambda: list(losses(step)))):  # noqa: B023
+            if not math.isfinite(norm):
+                what = "gradient" if math.isfinite(loss) else "loss"
+                raise NonFiniteError(f"the {what} is NaN or infinite; lower optim.lr")
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": tokens / seconds, "time/step_s": seconds}
@@ -59,6 +65,6 @@ def fit(
             with engine.gathered(model):
                 found = validate()
             metrics |= found
-        run.log(step, metrics, words)
+        run.log(step, metrics | guard.metrics, words)
     model.eval()
     return found

@@ -55,6 +55,10 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
         scores, rollout.old_logprobs, rollout.ref_logprobs, actions, kl_coef=kl_coef, kl=o.kl, score_at=o.score_at
     )  # (B, R)
     advantages, returns = estimate(rewards, rollout.values, actions, states, o)  # (B, R) each
+    require_finite(
+        scores=scores, old_logprobs=rollout.old_logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values,
+        rewards=rewards, advantages=advantages, returns=returns,
+    )  # fmt: skip
     fitted = states if o.value_at_end else actions  # (B, R) where the value is trained
 
     want = ("logprobs", "entropy") if o.entropy_coef else ("logprobs",)
@@ -90,7 +94,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 steps[-1].add(f, value=vf)
                 if watch:
                     watch(index, logprobs.detach(), values.detach(), A, returns[index, :R])
-            optimizer_step(optimizer, (policy, value_model), max_grad_norm, clip)
+            optimizer_step(optimizer, (policy, value_model), max_grad_norm, clip, steps[-1])
         if o.stop_kl and mean_of(steps[-len(minibatches) :], "kl") > o.stop_kl:
             break
 
@@ -151,14 +155,31 @@ def mean_of(parts: Sequence[TokenSums], name: str) -> float:
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, models: Sequence[nn.Module], max_grad_norm: float, clip: Clip
+    optimizer: torch.optim.Optimizer, models: Sequence[nn.Module], max_grad_norm: float, clip: Clip, sums: TokenSums
 ) -> None:
-    """Clip each model's gradient by itself, so that the value loss cannot shrink the policy's step; then step."""
-    for model in models:
-        if not torch.isfinite(clip(model, max_grad_norm)):
-            raise NonFiniteError(f"gradient of the {type(model).__name__} is NaN or infinite; lower optim.lr")
+    """Clip each model's gradient by itself, so that the value loss cannot shrink the policy's step; then step.
+
+    Norms are those of all ranks, so that a number that is none raises NonFiniteError everywhere.
+    """
+    norms = [clip(model, max_grad_norm) for model in models]
+    if not torch.isfinite(torch.stack(norms)).all():
+        losses = {name: x for name, x in sums.sums.items() if name in ("policy", "value")}
+        bad = [f"loss of the {name}" for name, x in losses.items() if not x.isfinite()]
+        wrong = [type(model).__name__ for model, x in zip(models, norms, strict=True) if not x.isfinite()]
+        bad = bad or [f"gradient of the {name}" for name in wrong]
+        raise NonFiniteError(f"{' and '.join(bad)}: NaN or infinite; lower optim.lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def require_finite(**tensors: Tensor) -> None:
+    """Raise NonFiniteError with the name of the first tensor that holds NaN or infinity, and the place in it."""
+    for name, x in tensors.items():
+        bad = ~torch.isfinite(x)
+        if bad.any():
+            place = bad.nonzero()[0].tolist()
+            at = f"answer {place[0]}" + (f", token {place[1]}" if len(place) > 1 else "")
+            raise NonFiniteError(f"{name.replace('_', ' ')} of {at}: {float(x[tuple(place)])}")
 
 
 def epoch_plans(lengths: Tensor, options: PPOSection, seed: int, iteration: int) -> list[Plan]:  # lengths (B,)

@@ -17,7 +17,7 @@ import torch.distributed as td
 from torch import Tensor
 
 TIMEOUT = datetime.timedelta(seconds=120)
-BEAT, SILENCE = 2.0, 75.0  # seconds between signs of life, and without one until all end
+BEAT, SILENCE = 2.0, 60.0  # seconds between signs of life, and without one until all end
 FOREVER = datetime.timedelta(days=30)
 
 

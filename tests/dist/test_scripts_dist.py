@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ TINY = {
     "ppo": [*COMMON, "--run.steps", "3", "--ppo.rollout_size", "24", "--ppo.minibatch_size", "12",
             "--ppo.microbatch_size", "4", "--ppo.epochs", "2"],
 }  # fmt: skip
+LONG = {name: ["400" if before == "--run.steps" else x for before, x in pairwise(["", *argv])]
+        for name, argv in TINY.items()}  # fmt: skip
 LORA = ["--lora.r", "2", "--lora.dropout", "0"]
 SETTINGS = {"full": [], "checkpointed": ["--run.checkpoint_activations", "true"], "lora": LORA}
 
@@ -146,20 +149,22 @@ def test_a_mistake_is_said_by_rank_0_and_ends_all(pipeline, tmp_path):
 def ranks_of(process):
     """The processes of the ranks, by rank."""
     found = {}
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    for pid in map(int, children.read_text().split() if children.exists() else ()):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        rank = next((int(x.split(b"=")[1]) for x in environment if x.startswith(b"RANK=")), None)
-        if rank is not None:
-            found[rank] = pid
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1]) == process.pid:  # its parent
+                environment = folder.joinpath("environ").read_bytes().split(b"\0")
+                found |= {int(x[5:]): int(folder.name) for x in environment if x.startswith(b"RANK=")}
+        except OSError:  # it has ended meanwhile
+            continue
     return found
 
 
 def lose(cwd, folder, name, rank, number, after, *argv):
     """Send a signal to one rank of two when so many checkpoints are there; how long the others went on, and stderr."""
-    process = start(name, 2, *argv, "--run.save_every", "1", "--run.steps", "400", "--run.dir", folder, cwd=cwd)
+    process = start(name, 2, *argv, "--run.save_every", "1", "--run.dir", folder, cwd=cwd)
     while process.poll() is None and len(list(folder.glob("checkpoints/step_*"))) < after:
         time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
     ranks = ranks_of(process)
     os.kill(ranks[rank], number)
     began = time.monotonic()
@@ -170,7 +175,7 @@ def lose(cwd, folder, name, rank, number, after, *argv):
 
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on(pipeline, tmp_path):
-    argv = [*TINY["sft"], "--run.engine", "mini"]
+    argv = [*LONG["sft"], "--run.engine", "mini"]
     seconds, err = lose(pipeline, tmp_path / "x", "sft", 1, signal.SIGKILL, 2, *argv)
     assert seconds < 60
     assert "rank 1" in err.replace(":", "").replace("rank       1", "rank 1")

@@ -230,6 +230,16 @@ def test_dragging_ranks_by_place(desk, kind, part):
     assert sorted(here.save()["ranks"]) == [1, 2, 3, 4]
 
 
+def test_a_drag_can_be_undone(desk):
+    here = desk(letters(3))
+    order = here.order
+    x, y = here.middle(order[0])
+    here.browser.drag([(x, y), (x, here.middle(order[2])[1] + 15)])
+    assert here.order == [*order[1:], order[0]]
+    here.browser.keys("u")
+    assert (here.order, here.ranks) == (order, [0, 0, 0])
+
+
 def test_a_finger_on_the_text_scrolls(desk):
     here = desk(letters(4))
     order = here.order

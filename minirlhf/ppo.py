@@ -84,7 +84,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 vf = value_loss(values, part.values, returns[index, :R], clip_range=o.value_clip_range or None)
                 bonus = o.entropy_coef * stats["entropy"] if o.entropy_coef else 0.0
                 if o.loss_mean == "microbatch":  # the mean of means: tokens weigh more where they are few
-                    n, n_fitted = (x.sum() * len(microbatches) for x in (m, f))
+                    n, n_fitted = (x.sum().clamp(min=1) * len(microbatches) for x in (m, f))
                 (masked_sum(pg - bonus, m) / n + o.value_coef * masked_sum(vf, f) / n_fitted).backward()
                 ratio = (logprobs - old).exp()
                 steps[-1].add(

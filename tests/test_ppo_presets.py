@@ -186,6 +186,20 @@ def test_no_two_presets_agree():
         assert all(np.abs(a - b).max() > 1e-6 for b in ends[:i])
 
 
+@pytest.mark.parametrize("name", peer.PEERS)
+def test_a_filler_row_alone_in_its_microbatch_moves_nothing(name, monkeypatch):
+    """Row 0 has no token: its microbatch gives no gradient, and no NaN."""
+    ends, real = [], list(range(1, peer.B))
+    for microbatches in ([real], [real, [0]]):
+        with monkeypatch.context() as m:
+            m.setitem(FILES[name or "minirlhf"]["inputs"], "lengths", [0, *peer.LENGTHS[1:]])
+            models, *_ = run(name, m, plans=[[microbatches]])
+        ends.append(torch.cat([w.detach().flatten() for w in weights(models).values()]))
+    assert ends[1].isfinite().all()
+    if options_of(name).loss_mean == "step":  # else it is one mean of two, and halves the step's gradient
+        assert far(ends[0], ends[1]) <= WITHIN
+
+
 def test_the_numpy_side_shares_nothing_with_ours():
     text = (HERE / "numpy_ppo.py").read_text()
     imported = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))

@@ -19,7 +19,11 @@ from minirlhf.tokenizer import Tokenizer
 
 slow = pytest.mark.slow
 QV = ["--lora.targets", "q_proj,v_proj"]  # the later stages copy them
-FIRST = {"sft": ["--model.path", "base", "--lora.r", "8", *QV], "rm": ["--lora.r", "8"], "ppo": ["--lora.r", "8"]}
+FIRST = {
+    "sft": ["--model.path", "base", "--lora.r", "8", *QV],
+    "rm": ["--lora.r", "8", "--rm.eval_every", "6"],
+    "ppo": ["--lora.r", "8"],
+}
 
 
 def argv(name, *more):

@@ -28,6 +28,8 @@ SIZES = {
     "llama-1b": ModelConfig("llama", 32000, 22, 32, 2048, 2048, n_kv_head=4, d_inner=5632),
 }
 
+CLOCKS = ("wall", "cpu")
+
 
 def trainer(kind, config, a):
     """A function that takes one step."""
@@ -45,10 +47,20 @@ def trainer(kind, config, a):
         (-stats["logprobs"].sum() / ids.numel()).backward()
         norm = engine.clip(model, 1.0)
         optimizer.step()
+        costs["state"] = state_bytes(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
+        costs["traffic"] = dict(vars(engine.of[model].traffic)) if kind == "mini" else {}
         return norm
 
-    return step
+    costs: dict = {}
+    return step, costs
+
+
+def state_bytes(model, optimizer):
+    """Weights, gradients and moments of this rank; a storage that several tensors share counts once."""
+    tensors = [x for p in model.parameters() for x in (p, p.grad, *optimizer.state[p].values()) if x is not None]
+    local = [x.to_local() if hasattr(x, "to_local") else x for x in tensors if x.ndim]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in local}.values())
 
 
 def seconds(step, device):
@@ -78,8 +90,10 @@ def main():
     rate = 0.0
     if dist.rank() == 0:
         rate = ceilings((torch.bfloat16 if a.dtype == "bf16" else torch.float32,)).popitem()[1]
-    steps = {name: trainer(name, config, a) for name in names}
+    made = {name: trainer(name, config, a) for name in names}
+    steps = {name: step for name, (step, _) in made.items()}
     norms = {name: float(step()) for name, step in steps.items()}  # also the warm-up
+    costs = {name: dict(cost) for name, (_, cost) in made.items()}  # of this first step
     assert max(norms.values()) <= min(norms.values()) * (1.05 if a.dtype == "bf16" else 1.0001), norms
     found = {name: [] for name in names}
     for i in range(a.pairs):
@@ -95,11 +109,13 @@ def main():
     for name in names:
         wall = statistics.median(x[0] for x in found[name])
         ratios = [sorted(b[k] / o[k] for o, b in zip(found["mini"], found[name], strict=True)) for k in (0, 1)]
-        shown = "  ".join(
-            f"{word} {statistics.median(r):.3f} [{r[0]:.2f}, {r[-1]:.2f}]"
-            for word, r in zip(("wall", "cpu"), ratios, strict=True)
-        )
-        print(f"{name:6} {wall:8.3f} s  utilisation {flops / wall / rate:5.1%}  ratio to mini: {shown}")
+        words = [
+            f"{w} {statistics.median(r):.3f} [{r[0]:.2f}, {r[-1]:.2f}]" for w, r in zip(CLOCKS, ratios, strict=True)
+        ]
+        print(f"{name:6} {wall:8.3f} s  utilisation {flops / wall / rate:5.1%}  ratio to mini: {', '.join(words)}")
+        print(f"{'':6} weights, gradients and moments of rank 0: {costs[name]['state'] / 2**20:.1f} MiB")
+    traffic = costs["mini"]["traffic"]
+    print(f"mini, a step of rank 0: {', '.join(f'{k} {v:,}' for k, v in traffic.items())}")
 
 
 if __name__ == "__main__":

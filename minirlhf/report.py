@@ -238,7 +238,8 @@ def answer(record: Record | None) -> str:
     known = (("score", "score {:.2f}"), ("gold", "gold {:.2f}"), ("kl", "KL {:.2f}"), ("length", "{:.0f} tokens"))
     numbers = [words.format(_finite(record[k])) for k, words in known if isinstance(record.get(k), int | float)]
     cut = ["no EOS"] if record.get("eos") is False else []
-    return f'{text}<span class="numbers">{" · ".join(numbers + cut)}</span>'
+    together = " · ".join(words.replace(" ", "\u00a0") for words in numbers + cut)
+    return f'{text}<span class="numbers">{together}</span>'
 
 
 def probe(run: RunFiles) -> str:

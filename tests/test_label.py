@@ -296,8 +296,8 @@ def test_what_is_no_http(page, data):
 
 
 def test_silent_clients_do_not_stop_the_others(page):
-    """More than there are threads: they are given up after ten seconds of silence."""
-    idle = [socket.create_connection(("127.0.0.1", page.port)) for _ in range(20)]
+    """More than there are threads: they are given up after five seconds of silence."""
+    idle = [socket.create_connection(("127.0.0.1", page.port)) for _ in range(40)]
     assert page.task()["total"] == 3
     for s in idle:
         s.close()

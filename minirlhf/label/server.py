@@ -23,7 +23,7 @@ from minirlhf.label.store import Item, Rankings, check_ranks
 MAX_BODY = 1 << 20  # bytes
 DRAINED = 64 << 20  # bytes of a refused body that are read, so that the refusal arrives
 MAX_THREADS = 32
-SECONDS = 10.0  # of silence before a connection is given up
+SECONDS = 5.0  # of silence before a connection is given up
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"

@@ -198,7 +198,7 @@ class Engine:
             for name, p in model.named_parameters():
                 if f"{role}.{name}.step" in moments:
                     blank = {kind: torch.zeros_like(p) for kind in MOMENTS}
-                    optimizer.state[p] = {"step": moments[f"{role}.{name}.step"].clone(), **blank}
+                    optimizer.state[p] = {"step": moments[f"{role}.{name}.step"].to(p.device, copy=True), **blank}
             for kind in MOMENTS:
                 found = {name: moments[key] for name in names if (key := f"{role}.{name}.{kind}") in moments}
                 self.of[model].put(moment(optimizer, kind), found)

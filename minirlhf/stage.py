@@ -28,6 +28,7 @@ from minirlhf.adapt import (
 from minirlhf.data import decode, encode_prompts, left_padded
 from minirlhf.errors import CheckpointError, DataError, UsageError
 from minirlhf.evaluate import Gold, score_texts
+from minirlhf.feedback import judged
 from minirlhf.formats import read_records
 from minirlhf.heads import ScalarModel
 from minirlhf.lora import adapter_view, adapters
@@ -77,7 +78,8 @@ def load(
             f"data.template {template.name}: {path} was trained under {meta.get('template')}, and every stage must "
             f"use the same; leave data.template empty to take the model's own"
         )
-    model = open_model(folder, loader, config.run.device, beside=beside)
+    device = config.run.device if config.run.engine == "none" else "cpu"  # a sharded model never lies there whole
+    model = open_model(folder, loader, device, beside=beside)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"{path}: {tokenizer.vocab_size} tokens in tokenizer.json, but the embedding has {model.config.vocab_size}"
@@ -242,7 +244,11 @@ def sft_records(config: Any, run: Run) -> tuple[list[Any], list[Any]]:
                 for n, purpose in ((data.size, "corpus"), (VALIDATION, "corpus/val"))]  # fmt: skip
         return made[0], made[1]
     train, held_out = split(read(config, run), data.holdout)
-    return texts_of(train), texts_of(held_out)
+    how = config.sft
+    if how.objective == "imitate":
+        return texts_of(train), texts_of(held_out)
+    learn = partial(judged, objective=how.objective, temperature=how.temperature, good=how.good, bad=how.bad)
+    return learn(train), [answer for answer in learn(held_out) if answer.weight > 0]
 
 
 def texts_of(records: Sequence[Any]) -> list[Any]:
@@ -275,6 +281,7 @@ def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]
     prompts = review_world.prompts(data.language)
     encoded = [loaded.template.prompt_ids(loaded.tokenizer, prompt) for prompt in prompts]
     how = sampling(config, loaded)
+    loaded.model.to(config.run.device)
     pairs: list[Any] = []
     drawn = 0
     while len(pairs) < n:

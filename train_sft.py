@@ -10,6 +10,7 @@ prompt are plain texts, of which every token counts.
 import sys
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from minirlhf import stage
@@ -19,9 +20,11 @@ from minirlhf.data import collate, encode_sft, microbatches, step_rows
 from minirlhf.engine import Engine
 from minirlhf.evaluate import sft_loss, sft_targets
 from minirlhf.fit import fit
+from minirlhf.loss import imitation_loss
+from minirlhf.masked import masked_sum
 from minirlhf.memory import dry_run
 from minirlhf.pretrained import load_causal_lm
-from minirlhf.rollout import target_stats
+from minirlhf.rollout import IGNORE, target_stats
 from minirlhf.run import Run, run_script
 
 
@@ -48,7 +51,9 @@ def main(config: SFTConfig, run: Run) -> None:
             targets = sft_targets(batch.input_ids, batch.trained)  # (b, T - 1)
             with engine.precision():
                 stats = target_stats(model, batch.input_ids, batch.attention_mask, targets, impl=c.run.impl)
-            yield -stats["logprobs"].sum() / n, int(batch.attention_mask.sum())
+            w = torch.tensor([examples[r].weight for r in part], device=targets.device)[:, None]  # (b, 1)
+            loss = imitation_loss(stats["logprobs"], w.expand_as(targets))  # (b, T - 1)
+            yield masked_sum(loss, targets != IGNORE) / n, int(batch.attention_mask.sum())
 
     def validate() -> dict[str, float]:
         return {"val/loss": sft_loss(model, validation, c.sft.microbatch_size, c.run.device)} if validation else {}

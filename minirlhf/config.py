@@ -126,6 +126,14 @@ class OptimSection:
 class SFTSection:
     """Supervised fine-tuning."""
 
+    objective: str = key(
+        "imitate",
+        "what is learnt of answers; imitate: all of them. The others need ranks or labels, see minirlhf/feedback.py",
+        choices=("imitate", "chosen", "rwr", "awr", "conditional", "unlikelihood"),
+    )
+    temperature: float = key(0.5, "τ of the weights of rwr and awr, in units of merit", low=1e-3)
+    good: str = key("[good] ", "conditional: words before the prompt of a good answer")
+    bad: str = key("[bad] ", "conditional: words before the prompt of a bad one")
     minibatch_size: int = key(64, "sequences of one optimizer step, over all ranks", low=1)
     microbatch_size: int = key(64, "sequences of one forward, per rank", low=1)
     eval_every: int = key(0, "steps between validations; 0: ten in a run", low=0)

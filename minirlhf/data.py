@@ -22,6 +22,7 @@ class Example(NamedTuple):
 
     ids: list[int]
     trained: list[bool]  # True where the token is a label
+    weight: float = 1.0  # of its loss; below 0: to be unlearnt
 
 
 class RankedList(NamedTuple):
@@ -126,7 +127,7 @@ def encode_sft(
         ids, trained = encoded[0][:max_length], encoded[1][:max_length]
         counts["cut"] += len(ids) < len(encoded[0])
         if any(trained[1:]):  # the first token has no token before it to be predicted from
-            examples.append(Example(ids, trained))
+            examples.append(Example(ids, trained, getattr(record, "weight", 1.0)))
         else:
             counts["no_label"] += 1
     if not examples:

@@ -171,6 +171,22 @@ class _PerToken(torch.autograd.Function):
         return None, *(torch.where(upstream == 0, 0.0, upstream * slope) for slope in ctx.saved_tensors)
 
 
+# ---- imitation, per token -------------------------------------------------------------------------------------------
+
+
+def imitation_loss(
+    logprobs: Tensor,  # (B, R) log π(a_t)
+    weights: Tensor,  # (B, R) w; below 0: to be unlearnt
+) -> Tensor:  # (B, R)
+    """-w log π(a_t) where w ≥ 0; -|w| log(1 - π(a_t)) where w < 0 (Welleck et al. 2019, arXiv 1908.04319, eq. 4)."""
+
+    def formula(logprobs: Tensor, w: Tensor) -> Tensor:
+        unlikely = torch.log(-torch.expm1(logprobs.clamp(max=-1e-6)))  # log(1 - π)
+        return torch.where(w < 0, w * unlikely, -w * logprobs)
+
+    return _per_token(formula, logprobs, weights)
+
+
 # ---- reward model, per pair or list ---------------------------------------------------------------------------------
 
 

@@ -606,6 +606,21 @@ def ppo_loss_variants():
     )  # fmt: skip
 
 
+def imitation():
+    lp, w = [D("0.5").ln(), D("0.25").ln(), D("0.25").ln(), D("0.5").ln()], [1.0, 2.0, -1.0, 0.0]
+    golden(
+        "imitation_loss_closed", "loss.imitation_loss", "closed form", "ln 2, 2 ln 4, -ln(1 - 1/4), 0; slope p/(1 - p)",
+        {"logprobs": [lp], "weights": [w]}, [[D(2).ln(), 2 * D(4).ln(), -D("0.75").ln(), 0]],
+        gradient={"logprobs": [[-1, -2, Fraction(1, 3), 0]]}
+    )  # fmt: skip
+    lp, w = -numbers(34, 3, 5).abs() - 0.05, numbers(35, 3, 5)
+    x, v = lp.numpy(), w.numpy()
+    golden(
+        "imitation_loss_numpy", "loss.imitation_loss", "library", f"{NUMPY} np.log1p(-np.exp(log π))",
+        {"logprobs": lp, "weights": w}, np.where(v < 0, v * np.log1p(-np.exp(x)), -v * x)
+    )  # fmt: skip
+
+
 def reward_model_losses():
     gap = D("0.9")
     golden(
@@ -903,7 +918,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file differs")
     check = parser.parse_args().check
-    chapters = (masked, ops, advantage, ppo_losses, ppo_loss_variants, reward_model_losses)
+    chapters = (masked, ops, advantage, ppo_losses, ppo_loss_variants, imitation, reward_model_losses)
     for chapter in (*chapters, reward_model_losses_of_others, reward):
         chapter()
     different = {p.stem for p in HERE.glob("*.json")} ^ files.keys()

@@ -1,0 +1,80 @@
+"""What SFT learns of answers that people have judged: weights by hand."""
+
+import json
+import math
+
+import pytest
+from test_scripts import TINY, metrics, script
+
+from minirlhf.errors import DataError
+from minirlhf.feedback import judged
+from minirlhf.formats import SFT, Ranking, Scored
+
+LISTS = [Ranking("q", ["a", "b", "c", "d"], [2, 1, 3, 0]), Ranking("p", ["e", "f"], [1, 2])]
+HOW = {"temperature": 0.5, "good": "+", "bad": "-"}
+
+
+def weights(objective, records=LISTS):
+    return {one.prompt + one.response: one.weight for one in judged(records, objective, **HOW)}
+
+
+def test_chosen_are_the_best_of_each_list():
+    assert weights("chosen") == {"qb": 1, "pe": 1}
+
+
+def test_unlikelihood_unlearns_the_worst():
+    assert weights("unlikelihood") == {"qb": 1, "qc": -1, "pe": 1, "pf": -1}
+
+
+def test_conditional_says_it_before_the_prompt():
+    found = judged(LISTS, "conditional", **HOW)
+    assert [(one.prompt, one.response) for one in found] == [("+q", "b"), ("-q", "c"), ("+p", "e"), ("-p", "f")]
+
+
+def test_reward_weights_by_hand():
+    raw = {"qa": math.exp(1), "qb": math.exp(2), "qc": 1.0, "pe": math.exp(2), "pf": 1.0}  # e^(m/.5), m .5 1 0 1 0
+    mean = sum(raw.values()) / 5
+    assert weights("rwr") == pytest.approx({k: v / mean for k, v in raw.items()})
+
+
+def test_advantage_weights_by_hand_and_bounded():
+    raw = {"qa": 1.0, "qb": math.e, "qc": 1 / math.e, "pe": math.e, "pf": 1 / math.e}
+    mean = sum(raw.values()) / 5
+    assert weights("awr") == pytest.approx({k: v / mean for k, v in raw.items()})
+    sharp = [one.weight for one in judged(LISTS, "awr", temperature=0.01, good="", bad="")]
+    assert max(sharp) / sharp[0] == pytest.approx(20)  # e^50 is not
+
+
+def test_labels_are_merits():
+    graded = [Scored("q", "a", 1.0), Scored("q", "b", 0.25)]
+    found = weights("rwr", graded)
+    assert found["qa"] / found["qb"] == pytest.approx(math.exp(0.75 / 0.5))
+
+
+def test_tied_lists_say_nothing():
+    tied = [Ranking("q", ["a", "b"], [1, 1])]
+    assert weights("chosen", tied) == {}
+    assert weights("unlikelihood", tied) == {}
+    assert weights("conditional", tied) == {}
+
+
+def test_without_judgement_there_is_nothing_to_learn():
+    with pytest.raises(DataError, match="neither ranks nor labels"):
+        judged([SFT("q", "a")], "chosen", **HOW)
+
+
+def test_the_script_learns_from_ranked_answers(tmp_path):
+    rows = [{"prompt": "the film", "responses": ["is lovely", "is awful"], "ranks": [1, 2]}] * 8
+    (tmp_path / "ranked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    script("sft", *TINY["sft"], cwd=tmp_path)
+    more = ["--model.path", "runs/sft/final", "--data.path", "ranked.jsonl", "--run.log_every", "1", "--run.steps", "8",
+            "--sft.minibatch_size", "8", "--sft.microbatch_size", "4", "--optim.warmup_steps", "1"]  # fmt: skip
+    said = {}
+    for objective in ("chosen", "unlikelihood", "rwr", "awr"):
+        script("sft", *more, "--sft.objective", objective, "--run.dir", objective, cwd=tmp_path)
+        said[objective] = [line["loss"] for line in metrics(tmp_path / objective)]
+        assert said[objective][-1] < said[objective][0], objective
+    assert said["rwr"] == said["awr"]  # for pairs they are the same
+    assert len({losses[-1] for losses in said.values()}) == 3
+    line = script("sft", *more, "--sft.objective", "chosen", "--data.path", "plain.jsonl", cwd=tmp_path, code=3)
+    assert "plain.jsonl" in line

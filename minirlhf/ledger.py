@@ -283,6 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show(args, settings)
     except (UserError, NonFiniteError) as e:
         return complain(e, e.exit_code, None)
+    except OSError as e:
+        return complain(e, 4, None)
 
 
 if __name__ == "__main__":

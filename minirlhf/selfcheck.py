@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minirlhf import stage
 from minirlhf.config import PPOConfig, help_text, load_config
 from minirlhf.data import collate, encode_sft, left_padded
-from minirlhf.errors import NonFiniteError, UserError
+from minirlhf.errors import NonFiniteError, UsageError, UserError
 from minirlhf.evaluate import sft_targets
 from minirlhf.ppo import epoch_plans, ppo_iteration
 from minirlhf.pretrained import load_causal_lm
@@ -255,11 +255,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(PPOConfig, argv)
         prepare_torch(config.run)
+        if config.reward.fn == "human":
+            raise UsageError("reward.fn human: a self-check asks nobody; leave it out, or give a reward.path")
         roles, loaded, _ = stage.ppo_roles(config)
         bench = prepare(config, roles, loaded)
         checks = [check(bench) for check in CHECKS]
     except (UserError, NonFiniteError) as e:
         return complain(e, e.exit_code, config)
+    except OSError as e:
+        return complain(e, 4, config)
     print(table(checks))  # noqa: T201
     failed = [c.name for c in checks if not c.passed]
     print(f"{len(checks) - len(failed)} of {len(checks)} passed" + (f"; failed: {', '.join(failed)}" if failed else ""))  # noqa: T201

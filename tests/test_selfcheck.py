@@ -175,6 +175,7 @@ def test_mistakes_end_in_one_line_and_their_code(folders):
         (["--reward.path", "nowhere"], 4, "nowhere"),
         (["--model.pth", "x"], 2, "model.path"),
         (["--ppo.clip_range", "-1"], 2, "clip_range"),
+        (["--reward.fn", "human"], 2, "human"),
     ]:
         got, out, err = selfcheck(folders.parent, *argv)
         assert (got, out) == (code, "")

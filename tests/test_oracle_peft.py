@@ -33,7 +33,9 @@ KINDS = {
     "gpt2": ("GPT2", SMALL | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}),
     "bloom": ("Bloom", SMALL | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "llama": ("Llama", WIDE | {"num_key_value_heads": 2}),
+    "mistral": ("Mistral", WIDE | {"num_key_value_heads": 2, "sliding_window": 4}),
     "qwen2": ("Qwen2", WIDE | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", WIDE | {"num_key_value_heads": 2, "head_dim": 6}),
     "gpt_neox": ("GPTNeoX", WIDE),
     "opt": ("OPT", {k: v for k, v in WIDE.items() if k != "intermediate_size"} | OPT),
 }
@@ -41,7 +43,9 @@ TARGETS = {
     "gpt2": ["c_attn", "mlp.c_proj"],
     "bloom": ["query_key_value", "dense"],
     "llama": ["q_proj", "v_proj", "down_proj"],
+    "mistral": ["o_proj", "up_proj"],
     "qwen2": ["q_proj", "k_proj", "gate_proj"],
+    "qwen3": ["q_proj", "o_proj", "gate_proj"],
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],
     "opt": ["out_proj", "fc1"],
 }

@@ -79,7 +79,7 @@ def whole(subject, cwd, folder):
     read, write = os.pipe()
 
     def tell(i, label, moment, *_):
-        if moment == "before":
+        if moment == "after":
             REAL_WRITE(write, f"{i}\t{label}\n".encode())
 
     began = time.monotonic()
@@ -102,13 +102,14 @@ def result(folder):
     return hashes | {"metrics": kept}
 
 
-def dying(at, how):
+def dying(at, what, how):
     """An `act` that kills at one call: before it, after it, or with half of its bytes written."""
 
     def act(i, label, moment, *args):
         if i != at or (moment == "after") != (how == "after"):
             return
-        if how == "half" and args:
+        assert label == what, f"call {i} is {label}, not {what}"
+        if how == "half":
             REAL_WRITE(args[0], bytes(args[1])[: len(args[1]) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -120,6 +121,7 @@ class Matrix:
 
     def __init__(self, cwd, subjects=tuple(SUBJECTS)):
         torch.set_num_threads(1)
+        (cwd / "runs").mkdir()
         self.cwd, self.points, self.seconds, self.whole = cwd, {}, {}, {}
         for subject in dict.fromkeys(["sft", "rm", *subjects]):
             folder = cwd / f"runs/{subject}"
@@ -134,7 +136,8 @@ class Matrix:
             child = start(subject, self.cwd, folder, act=dying(*point) if point else None)
             if self.killed(child, subject, 0 if point else rng.random()):
                 break
-            assert not point, f"{subject}: {name} was not reached"
+            if point:
+                return f"not reached: {(self.cwd / f'{folder.name}.log').read_text()[-300:]}"
         for _ in range(rng.choice((0, 0, 1, 3))):
             child = start(subject, self.cwd, folder, "--run.resume", "true")
             self.killed(child, subject, rng.random())
@@ -159,7 +162,7 @@ class Matrix:
         out = []
         for label, where in places.items():
             for how in ("before", "after", *(("half",) if label.startswith("write") else ())):
-                out.append((f"{how} {label}", (rng.choice(where), how)))
+                out.append((f"{how} {label}", (rng.choice(where), label, how)))
         return out
 
 

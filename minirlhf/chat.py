@@ -115,7 +115,7 @@ def open_folder(path: str, loader: Callable[..., Any], *, template: str = "", de
     """A model folder with its tokenizer and template, outside a training script."""
     if not Path(path).is_dir():
         raise CheckpointError(f"{path}: no such folder; give a model's folder, such as runs/ppo/final")
-    config = SimpleNamespace(data=SimpleNamespace(template=template), run=SimpleNamespace(device=device))
+    config = SimpleNamespace(data=SimpleNamespace(template=template), run=SimpleNamespace(device=device, engine="none"))
     return stage.load(path, loader, config, key="template", made_by="a script")
 
 

@@ -76,5 +76,7 @@ def test_the_script_learns_from_ranked_answers(tmp_path):
         assert said[objective][-1] < said[objective][0], objective
     assert said["rwr"] == said["awr"]  # for pairs they are the same
     assert len({losses[-1] for losses in said.values()}) == 3
-    line = script("sft", *more, "--sft.objective", "chosen", "--data.path", "plain.jsonl", cwd=tmp_path, code=3)
-    assert "plain.jsonl" in line
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "the film", "completion": "is lovely"}\n')
+    more[more.index("ranked.jsonl")] = "plain.jsonl"
+    line = script("sft", *more, "--sft.objective", "chosen", cwd=tmp_path, code=3)
+    assert "neither ranks nor labels" in line

@@ -6,6 +6,9 @@ import pytest
 import torch
 from tolerance import assert_close, fp32
 
+from minirlhf import stage
+from minirlhf.adapt import reward_model, sft_model
+from minirlhf.config import LoRASection, ModelSection, RMConfig, SFTConfig
 from minirlhf.lora import (
     LoRAConfig,
     adapter_parameters,
@@ -16,8 +19,11 @@ from minirlhf.lora import (
     target_modules,
     use_adapter,
 )
-from minirlhf.pretrained import load_causal_lm, load_reward_model
+from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.pretrained import load_causal_lm, load_reward_model, save_pretrained
 from minirlhf.rng import generator
+from minirlhf.templates import get_template
+from minirlhf.tokenizer import Tokenizer
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -154,3 +160,24 @@ def test_same_modules(family, task, targets, tmp_path):
     adapted = their_adapter(model, task, targets)
     theirs = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
     assert set(target_modules(ours, targets).values()) == theirs
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_folder_of_a_stage(task, tmp_path):
+    """What the scripts leave, opened by the auto classes from the folder alone, tokenizer included."""
+    tokenizer = Tokenizer.train_chars(["abcdefg hij"])
+    model = CausalLM(ModelConfig(family="llama", vocab_size=31, n_head=4, d_model=32, max_seq_len=32, pad_token_id=0))
+    save_pretrained(model, tmp_path / "base", tokenizer=tokenizer)
+    section = {"model": ModelSection(path=str(tmp_path / "base")), "lora": LoRASection(r=3)}
+    make, config = (sft_model, SFTConfig) if task == "CAUSAL_LM" else (reward_model, RMConfig)
+    ours = make(load_causal_lm(tmp_path / "base"), config(**section)).eval()
+    rng = generator(1, "stir")
+    with torch.no_grad():
+        for p in adapter_parameters(ours, "trained").values():
+            p.normal_(std=0.2, generator=rng)
+    stage.save(tmp_path / "final", ours, tokenizer, get_template("plain"))
+    auto = "AutoPeftModelForCausalLM" if task == "CAUSAL_LM" else "AutoPeftModelForSequenceClassification"
+    extra = {} if task == "CAUSAL_LM" else {"num_labels": 1}
+    theirs = getattr(peft, auto).from_pretrained(tmp_path / "final", **extra).eval()
+    assert_close(their_output(theirs), our_output(ours), fp32)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "final")("abc").input_ids == tokenizer.encode("abc")

@@ -53,7 +53,7 @@ class Page:
         if token == "header":
             headers["X-Token"] = self.token
         elif token == "cookie":
-            headers["Cookie"] = f"a=b; label_{self.port}={self.token}"
+            headers["Cookie"] = f'a={{"b": 1}}; =; c; label_{self.port}={self.token}'
         elif token == "query":
             path += ("&" if "?" in path else "?") + f"token={self.token}"
         elif token:

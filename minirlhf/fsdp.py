@@ -1,17 +1,15 @@
 """Fully sharded data parallelism by hand, put on a finished model (ZeRO-3, Rajbhandari et al. 2019, arXiv 1910.02054).
 
-Each of W ranks holds 1/W of weights, gradients and moments. The plain version, in which every rank holds everything, is
-`engine.Replicated`; both have the same interface.
-
-A *unit* is one block of the transformer; what is in no block is the root unit. A *group* is the parameters of a unit
-that train alike and compute in one dtype, laid end to end and cut into W equal shards. A block is gathered right before
-it runs and let go right after, in the forward pass and again in the backward pass; the root stays whole from forward to
-the end of backward, since its embedding is often the head as well. While a unit runs, its parameters are views of the
-gathered buffer, set as attributes of the modules they come from: the model does not know.
+Each of W ranks holds 1/W of weights, gradients and moments. `engine.Replicated` is the plain version, the same from
+outside. A *unit* is one block of the transformer; what is in no block is the root unit. A *group* is the parameters of
+a unit that train alike and compute in one dtype, laid end to end and cut into W equal shards. A block is gathered right
+before it runs and let go right after, in the forward pass and again in the backward pass; the root stays whole from
+forward to the end of backward, since its embedding is often the head as well. While a unit runs, its parameters are
+views of the gathered buffer, set as attributes of the modules they come from: the model does not know.
 
 What goes wrong: autograd keeps the weights it multiplied with. Tensors that a block saves are therefore replaced by
-their place in the buffer, and found there again when the backward pass has gathered the block once more. And ranks must
-run the same forwards and backwards in the same order, or they wait for each other until the timeout.
+their place in the buffer, found there again when the backward pass has gathered the block once more. And ranks must run
+the same forwards and backwards in the same order, or they wait for each other until the timeout.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,8 +54,7 @@ class Group:
 
     def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype, device: Any, traffic: Traffic) -> None:
         self.dtype, self.traffic, self.W = dtype, traffic, dist.world_size()
-        self.trains = parameters[0].requires_grad
-        self.shapes = [p.shape for p in parameters]
+        self.trains, self.shapes = parameters[0].requires_grad, [p.shape for p in parameters]
         *starts, total = accumulate((p.numel() for p in parameters), initial=0)
         self.n = -(-total // self.W)
         self.sizes = [p.numel() for p in parameters] + [self.W * self.n - total]
@@ -69,6 +66,7 @@ class Group:
         cut = zip(parameters, self.split(self.shard), strict=True)
         self.parts = [nn.Parameter(x[None] if p.ndim >= 2 else x, requires_grad=self.trains) for p, x in cut]
         self.grad = torch.empty(0)  # (n,) the storage of the parts' gradients
+        self.fresh: Tensor | None = None  # (n,) of this backward pass alone, for autograd adds in this order
 
     def split(self, shard: Tensor) -> list[Tensor]:  # (n,) → (k,) of each parameter
         """The parts of a shard."""
@@ -97,14 +95,15 @@ class Group:
         self.traffic.reduced_bytes += (self.W - 1) * mine.nbytes
         return mine, td.reduce_scatter_single(mine, grad, async_op=True)
 
-    def accumulate(self, grad: Tensor) -> None:  # (n,)
-        """Set the parts' gradients, or add to those of earlier microbatches."""
-        if self.parts[0].grad is not None:
-            self.grad.add_(grad)
-            return
-        self.grad = grad
-        for part, x in zip(self.parts, self.split(grad), strict=True):
-            part.grad = x.view_as(part)
+    def accumulate(self) -> None:
+        """What a backward pass found becomes the parts' gradients, or is added to that of earlier microbatches."""
+        fresh, self.fresh = self.fresh, None
+        if fresh is not None and self.parts[0].grad is not None:
+            self.grad.add_(fresh)
+        elif fresh is not None:
+            self.grad = fresh
+            for part, x in zip(self.parts, self.split(fresh), strict=True):
+                part.grad = x.view_as(part)
 
 
 class Unit:
@@ -123,8 +122,8 @@ class Unit:
     def fetch(self) -> None:
         """Start gathering, unless that is done."""
         if self.buffers is None:
-            started = [g.gather(g.shard.to(g.dtype)) for g in self.groups]
-            self.buffers, self.works = [flat for flat, _ in started], [work for _, work in started]
+            started = [group.gather(group.shard.to(group.dtype)) for group in self.groups]
+            self.buffers, self.works = map(list, zip(*started, strict=True))
             traffic = self.owner.traffic
             traffic.live += self.elements
             traffic.peak = max(traffic.peak, traffic.live)
@@ -211,8 +210,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, unit: Unit, anchor: Tensor) -> tuple[Tensor, ...]:  # (W·n,) each
         """The buffers; a parameter that is not used will get zeros."""
-        ctx.unit = unit
-        flats = tuple(unit.take())
+        ctx.unit, flats = unit, tuple(unit.take())
         ctx.mark_non_differentiable(*(flat for group, flat in zip(unit.groups, flats, strict=True) if not group.trains))
         return flats
 
@@ -224,16 +222,15 @@ class Gather(torch.autograd.Function):
 
 
 class Sharded:
-    """A model whose weights are whole only where and while they are used; the same interface as `Replicated`."""
+    """A model whose weights are whole only where and while they are used."""
 
     def __init__(self, model: Any, traffic: Traffic, checkpoint: bool) -> None:
         self.model, self.traffic, self.checkpoint = model, traffic, checkpoint
         self.root: Unit
         self.blocks: list[Unit] = []
-        self._whole = False  # inside `gathered()`
+        self._whole = self._armed = False  # inside `gathered()`; `finish` will run at the end of this backward pass
         self._current: Unit | None = None  # the block that the backward pass is in
         self._reducing: list[tuple[Group, Tensor, Tensor, Any]] = []  # group, gradient, its shard, work
-        self._armed = False  # `finish` will run at the end of this backward pass
 
     def run_trunk(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the trunk's `forward` has become: the root is gathered, and stays for the head and the backward pass."""
@@ -273,7 +270,7 @@ class Sharded:
         """Wait for the reductions under way."""
         for group, _, mine, work in self._reducing:
             work.wait()
-            group.accumulate(mine)
+            group.fresh = mine if group.fresh is None else group.fresh + mine
         self._reducing.clear()
 
     def arm(self) -> None:
@@ -289,6 +286,8 @@ class Sharded:
         for unit in (self.root, *self.blocks):
             unit.free()
             unit.uncover()
+            for group in unit.groups:
+                group.accumulate()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -336,8 +335,8 @@ class Sharded:
 
     def put(self, pick: Pick, tensors: Mapping[str, Tensor]) -> None:
         """The way back: this rank's part of whole tensors, by name, into what `pick` chooses."""
-        groups = {group for unit in (self.root, *self.blocks) for group in unit.groups}
-        firsts = {part: first for group in groups for part, first in zip(group.parts, group.firsts, strict=True)}
+        groups = (group for unit in (self.root, *self.blocks) for group in unit.groups)
+        firsts = dict(pair for g in groups for pair in zip(g.parts, g.firsts, strict=True))
         for name, p in self.model.named_parameters():
             if name in tensors and (x := pick(p)) is not None:
                 x.view(-1).copy_(tensors[name].reshape(-1)[firsts[p] : firsts[p] + x.numel()])
@@ -348,9 +347,8 @@ def shard(
 ) -> list[Sharded]:
     """Shard models in place; those that share parameters (a base under several adapters) in one call.
 
-    `device` is where the shards live. `dtype` is what the linear layers of the blocks are gathered in; run the model
-    under autocast of the same dtype. All else is gathered as it is: norms, embedding, heads, adapters. `checkpoint`
-    keeps no activations of blocks.
+    `device` is where the shards live. `dtype` is what linear layers of blocks are gathered in, to run under autocast of
+    the same; all else is gathered as it is: norms, embedding, heads, adapters. `checkpoint` keeps no activations.
     """
     traffic = Traffic()
     groups: dict[nn.Parameter, Group] = {}  # by first parameter

@@ -330,3 +330,20 @@ def test_roles_share_a_base():
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.keys() == theirs.keys()
             assert max(abs(ours[k] - theirs[k]).max() for k in ours) <= 1e-12
+
+
+def twice(kind):
+    """Two forwards to a backward pass, twice before a step, as the reward model does it."""
+    model = build("reward", torch.float32)
+    s = shard([model])[0] if kind == "sharded" else None
+    ids, mask, weight = data(0, torch.float32)
+    for rows in (slice(0, 4), slice(4, 9)):
+        parts = [loss_of(model, ids[rows][i::2], mask[rows][i::2], weight[rows][i::2]) for i in (0, 1)]
+        (parts[0] * 3 + parts[1]).backward()
+    picked = s.full(lambda p: p.grad) if s else ((name, p.grad) for name, p in model.named_parameters())
+    return {name: x.numpy() for name, x in picked}
+
+
+def test_two_forwards_to_a_backward_pass_add_as_autograd_adds():
+    ours, theirs = twice("sharded"), twice("plain")
+    assert all((ours[name] == x).all() for name, x in theirs.items())

@@ -136,11 +136,11 @@ def test_a_mistake_is_said_by_rank_0_and_ends_all(pipeline, tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     _, err = torchrun("sft", 2, *TINY["sft"], "--run.dir", tmp_path, cwd=pipeline, code=1)
     assert "letter.txt" in err
-    assert "Traceback" not in err
+    assert "run_script" not in err  # of a traceback; torchrun shows its own
     few = ["--sft.minibatch_size", "1", "--sft.microbatch_size", "1", "--run.dir", tmp_path / "x"]
     _, err = torchrun("sft", 2, *TINY["sft"], *few, cwd=pipeline, code=1)
     assert "too few for 2 ranks" in err
-    assert "Traceback" not in err
+    assert "run_script" not in err  # of a traceback; torchrun shows its own
 
 
 # ---- a rank that is lost --------------------------------------------------------------------------------------------
@@ -179,6 +179,6 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(pipeline, tmp_path):
     seconds, err = lose(pipeline, tmp_path / "x", "sft", 1, signal.SIGKILL, 2, *argv)
     assert seconds < 60
     assert "rank 1" in err.replace(":", "").replace("rank       1", "rank 1")
-    assert "Traceback" not in err
+    assert "run_script" not in err  # of a traceback; torchrun shows its own
     steps = len(list((tmp_path / "x/checkpoints").glob("step_*")))
     assert steps >= 1

@@ -38,10 +38,9 @@ def test_the_first_command_installs_and_runs_and_the_second_tests():
     assert second == "python -m pytest"
 
 
-def test_the_chinese_one_has_the_same_commands():
+def test_the_chinese_one_begins_with_the_same_commands():
     english, chinese = (commands((ROOT / name).read_text()) for name in ("README.md", "README.zh.md"))
     assert chinese[:2] == english[:2]
-    assert set(chinese) <= set(english)
 
 
 def test_links_lead_somewhere(document, request):

@@ -141,6 +141,9 @@ class Rankings:
             lines = read_labels(path)
             self._mend()
             os.fsync(self._fd)
+            folder = os.open(self.path.parent, os.O_RDONLY)  # a new file's name is on the disk when its folder is
+            os.fsync(folder)
+            os.close(folder)
             fcntl.flock(self._fd, fcntl.LOCK_UN)
         except OSError as e:
             raise UsageError(f"--out {path}: {e.strerror or e}; choose a file that can be written") from e

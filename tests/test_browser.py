@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not webdriver.available(), reason="needs chromiu
 FOCUSED = "return document.activeElement.dataset.answer"
 STATUS = "return document.getElementById('status').textContent"
 RANKS = "return Object.fromEntries([...document.querySelectorAll('[data-answer]')].map(li =>" \
-        "[li.dataset.answer, Number(li.querySelector('.rank').textContent) || 0]))"  # fmt: skip
+        "[li.dataset.answer, Number(li.querySelector('.rank').dataset.rank) || 0]))"  # fmt: skip
 ORDER = "return [...document.querySelectorAll('[data-answer]')].map(li => Number(li.dataset.answer))"
 
 
@@ -119,6 +119,8 @@ def test_prompt_and_answers_are_there_and_can_have_the_focus(desk):
     here = desk()
     texts = here.browser.run("return [...document.querySelectorAll('[data-answer] .text')].map(e => e.textContent)")
     assert sorted(texts) == sorted(TASKS[0]["responses"])
+    whole = here.browser.run("return [...document.querySelectorAll('[data-answer]')].map(e => e.innerText.trim())")
+    assert whole == texts  # what is beside it is no text
     assert here.browser.run("return document.getElementById('prompt').textContent") == TASKS[0]["prompt"]
     assert sorted(here.order) == [0, 1, 2]
     for answer in here.order:

@@ -63,7 +63,7 @@ function card(i) {
   const li = element("li", "", "");
   li.dataset.answer = i;
   li.tabIndex = 0;
-  const tie = element("button", "tie", "=");
+  const tie = element("button", "tie", "");
   tie.type = "button";
   tie.tabIndex = -1;
   tie.addEventListener("click", () => { li.focus(); tieAbove(i); });
@@ -111,7 +111,7 @@ function drawTask(w) {
       if (focused) li.focus({ preventScroll: true });
     }
     li.classList.toggle("ranked", ranks[i] > 0);
-    li.children[0].textContent = ranks[i] || "⠿";
+    li.children[0].dataset.rank = ranks[i] || "⠿";
     li.children[0].setAttribute("aria-label", w.rank(ranks[i]));
     li.children[0].setAttribute("role", "img");
     li.children[1].textContent = text === "" ? w.empty : shown(text);

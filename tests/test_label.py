@@ -585,6 +585,8 @@ def test_other_mistakes(files, tmp_path):
             (3, [tasks, "--out", tmp_path / "notes.txt"]),
             (3, [tasks, "--out", tmp_path / "notes2.txt"]),
             (2, [tasks, "--out", tasks]),
+            (2, [tasks, "--out", tasks, "--export", "ranked"]),
+            (3, [tmp_path / "none.jsonl", "--out", tasks]),
             (2, [tasks, "--out", tmp_path]),
             (2, [tasks, "--out", tmp_path / "no" / "out.jsonl"]),
             (2, [tasks, "--out", out, "--host", "0.0.0.0"]),

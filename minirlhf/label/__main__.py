@@ -66,8 +66,6 @@ def loopback(host: str) -> str:
 
 def serve(args: argparse.Namespace) -> None:
     """Until a signal. The first line says where."""
-    if Path(args.out).exists() and os.path.samefile(args.path, args.out):
-        raise UsageError(f"--out {args.out} is the file of the tasks; choose another")
     host = loopback(args.host)
     items = plan(
         read_tasks(args.path), args.annotator,
@@ -105,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        if args.out and all(map(os.path.exists, (args.path, args.out))) and os.path.samefile(args.path, args.out):
+            raise UsageError(f"--out {args.out} is the file that is read; choose another")
         if args.agreement:
             say(json.dumps(agreement(current(read_labels(args.path))), ensure_ascii=False, indent=1))
         elif args.export:

@@ -5,18 +5,21 @@ token and its log-prob. One thing makes it reproducible: row r draws its uniform
 the cumulative distribution, so that its answer depends neither on its neighbours nor on the batch size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minirlhf.errors import NonFiniteError
-from minirlhf.model import Cache, CausalLM
+from minirlhf.model import Cache, CausalLM, Head, Linear
 from minirlhf.ops import token_logprobs
+from minirlhf.products import pack
 from minirlhf.rng import generator
 
 NEVER = float("-inf")
+WORTH_PREPARING = 16  # new tokens from which on a second layout of the weights pays
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,35 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
         tuple(begin_suppress_tokens), tuple(suppress_tokens), do_sample,
     )  # fmt: skip
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    _check(model, input_ids, mask, sampling)
+    check(model, input_ids, mask, sampling)
     input_ids = torch.where(mask, input_ids, 0)  # what stands under the padding need not be a token
     training = model.training
     model.eval()
     try:
-        return _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng)
+        with prepared(model, len(input_ids) * num_return_sequences, max_new_tokens):
+            return _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng)
     finally:
         model.train(training)
+
+
+@contextmanager
+def prepared(model: CausalLM, rows: int, steps: int) -> Iterator[None]:
+    """The weights once more, as many steps of so many rows want them: see `pack`; those of the head in fp32."""
+    layers = [m for m in model.modules() if isinstance(m, Linear)] if steps >= WORTH_PREPARING else []
+    try:
+        for layer in layers:
+            device, dtype = layer.weight.device.type, layer.weight.dtype
+            if isinstance(layer, Head):
+                dtype = torch.promote_types(dtype, torch.float32)
+            elif torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+            layer.ready = pack(layer.weight, dtype, rows)
+            if layer.ready is None and isinstance(layer, Head) and dtype != layer.weight.dtype:
+                layer.ready = layer.weight.to(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.ready = None
 
 
 def _decode(
@@ -111,10 +135,9 @@ def _decode(
     prefix = torch.cat([mask.repeat_interleave(n, 0), torch.ones(B, R, dtype=torch.bool, device=device)], 1)  # (B, P+R)
     P, padded = input_ids.shape[1], not mask.all()
     ends = torch.tensor(sampling.eos_token_ids, device=device)
-    head = model.head.widened()
 
     for t in range(R):
-        logits = model.head(hidden, head)  # (b, V) at least fp32
+        logits = model.head(hidden)  # (b, V) at least fp32
         bad = ~torch.isfinite(logits.sum(-1))  # (b,)
         if bad.any():
             raise NonFiniteError(f"logits of row {rows[bad][0].item()} at new token {t} are NaN or infinite")
@@ -140,7 +163,10 @@ def _prefill(model: CausalLM, input_ids: Tensor, mask: Tensor, R: int) -> tuple[
     both = torch.cat([input_ids, mask.long()], 1)  # (B, 2P)
     distinct, source = torch.unique(both, dim=0, return_inverse=True)  # (U, 2P), (B,)
     ids, real = distinct[:, :P], distinct[:, P:].bool()
-    cache = Cache(model.config, len(ids), P + R, dtype=model.trunk.embed.weight.dtype, device=input_ids.device)
+    dtype = model.trunk.embed.weight.dtype
+    if ids.device.type == "cpu":  # one query at a time is fastest in fp32
+        dtype = torch.promote_types(dtype, torch.float32)
+    cache = Cache(model.config, len(ids), P + R, dtype=dtype, device=input_ids.device)
     return cache, model.hidden(ids, real, cache=cache)[:, -1], source
 
 
@@ -223,7 +249,8 @@ def nucleus(z: Tensor, p: float) -> Tensor:  # (b, V)
     return z.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), NEVER)
 
 
-def _check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling) -> None:
+def check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling) -> None:
+    """Refuse what `generate` cannot answer."""
     assert input_ids.ndim == 2, input_ids.shape
     assert mask.shape == input_ids.shape, (mask.shape, input_ids.shape)
     if sampling.max_new_tokens < 1 or sampling.temperature <= 0:

@@ -193,12 +193,14 @@ class Cache:
 class Linear(nn.Linear):
     """nn.Linear that draws nothing: `initialize` draws every weight from one explicit generator."""
 
+    ready: Tensor | None = None  # while `generate` runs: the weight once more, prepared for many products
+
     def reset_parameters(self) -> None:
         """Leaves the memory as it is."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., n_in) → (..., n_out)
         """x Wᵀ + b."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight if self.ready is None else self.ready, self.bias)
 
 
 class Head(Linear):
@@ -207,13 +209,9 @@ class Head(Linear):
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias=False)
 
-    def widened(self) -> Tensor | None:  # (n_out, C)
-        """The weight for many calls of `forward`, so that not each of them converts it; None: it is wide already."""
-        return None if self.weight.dtype in (torch.float32, torch.float64) else self.weight.float()
-
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:  # (..., C) → (..., n_out)
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) → (..., n_out)
         """Products of bf16 numbers summed in fp32 and never rounded back: bf16 logits cost 6 % of ratio noise."""
-        weight = self.weight if weight is None else weight
+        weight = self.weight if self.ready is None else self.ready
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         if not torch.is_autocast_enabled(x.device.type):
             return linear(x.to(dtype), weight.to(dtype))
@@ -299,17 +297,18 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # (B, H, T, D)
-        """torch's fused attention; with an ALiBi bias in fp32 all over, since bf16 has no exact integers above 256."""
-        p = self.dropout if self.training else 0.0
-        if mask is None:
-            causal = q.shape[2] > 1
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal, enable_gqa=self.grouped)
-        if mask.dtype == torch.bool or mask.dtype == q.dtype:
-            return F.scaled_dot_product_attention(q, k, v, mask, p, enable_gqa=self.grouped)
+        """torch's fused attention; with an ALiBi bias in fp32 all over, since bf16 has no exact integers above 256.
+
+        For a single query on the CPU too, where torch's bf16 kernel takes six times as long as the fp32 one.
+        """
+        p, causal = self.dropout if self.training else 0.0, mask is None and q.shape[2] > 1
+        how: Any = {"attn_mask": mask, "dropout_p": p, "is_causal": causal, "enable_gqa": self.grouped}
+        alibi = mask is not None and mask.dtype not in (torch.bool, q.dtype)
+        if not alibi and q.dtype == k.dtype and (q.shape[2] > 1 or q.device.type != "cpu"):
+            return F.scaled_dot_product_attention(q, k, v, **how)
+        wide = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            wide = mask.dtype
-            y = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), mask, p, enable_gqa=self.grouped)
-            return y.to(q.dtype)
+            return F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), **how).to(q.dtype)
 
 
 class MLP(nn.Module):

@@ -13,10 +13,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 SMALLEST = 2**20  # multiplications; below, the call costs more than it saves
+PACKED = (torch.float32, torch.bfloat16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., n), (m, n), (m,) → (..., m)
-    """F.linear: x Wᵀ + b."""
+    """F.linear: x Wᵀ + b. The weight may be a packed one, and then decides the dtype."""
+    if weight.is_mkldnn:
+        return _onednn(x.to(weight.dtype), weight, bias if bias is None else bias.to(weight.dtype))
     if not _pays(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
@@ -29,13 +32,27 @@ def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at lea
     return _onednn(a, b.T, None) if _pays(a, b.T) else torch.mm(a, b)
 
 
+def pack(weight: Tensor, dtype: torch.dtype, rows: int) -> Tensor | None:  # (m, n)
+    """A copy in oneDNN's own layout, for many products with about so many rows and without gradients.
+
+    Otherwise each product brings the weight into that layout anew. The bits of the result are the same. None: does not
+    pay here.
+    """
+    if weight.device.type != "cpu" or dtype not in PACKED or rows * weight.numel() < SMALLEST or not _enabled():
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), rows)
+
+
+def _enabled() -> bool:
+    return bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()
+
+
 def _pays(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() * len(weight) >= SMALLEST
-        and bool(torch.backends.mkldnn.enabled)
-        and torch.backends.mkldnn.is_available()
+        and _enabled()
         and not torch.is_autocast_enabled("cpu")
     )
 

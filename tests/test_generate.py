@@ -6,17 +6,20 @@ is decoding as a textbook has it: one row, no padding, no cache, a full forward 
 """
 
 import math
+import sys
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
-from tolerance import assert_close, exact, fp32, fp64
+from tolerance import assert_close, bf16, exact, fp32, fp64
 
+from minirlhf import products
 from minirlhf.errors import NonFiniteError
 from minirlhf.generate import Sampling, draw, filtered, generate
-from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.model import CausalLM, Linear, ModelConfig
 
+generate_module = sys.modules["minirlhf.generate"]
 EOS, PAD, V = 1, 0, 13
 KINDS = {
     "gpt2": {},
@@ -597,3 +600,40 @@ def test_bf16_weights_give_fp32_log_probs(family):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = run(lm(family, torch.float32), PROMPTS, rng=streams(5))
     assert mixed.logprobs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_prepared_weights_are_the_plain_ones(monkeypatch, family, dtype, autocast):
+    """The fast path against its plain twin: with weights in another layout, and without; neither leaves a trace."""
+    config = ModelConfig(family=family, vocab_size=96, n_layer=2, n_head=4, d_model=128, max_seq_len=64)
+    model = CausalLM(config, rng=torch.Generator().manual_seed(0)).to(dtype)
+    ids = torch.randint(1, 96, (6, 9), generator=torch.Generator().manual_seed(1))
+    results, packed = [], []
+    for steps in (1, 10**9):
+        monkeypatch.setattr(generate_module, "WORTH_PREPARING", steps)
+        monkeypatch.setattr(products, "SMALLEST", 1 if steps == 1 else 10**12)
+        real = generate_module.pack
+        monkeypatch.setattr(generate_module, "pack", lambda *a, real=real: (packed.append(a), real(*a))[1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(generate(model, ids, max_new_tokens=20, eos_token_id=0, pad_token_id=0,
+                                    rng=torch.Generator().manual_seed(2)))  # fmt: skip
+        monkeypatch.undo()
+    assert len(packed) == sum(isinstance(m, Linear) for m in model.modules())
+    assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
+    fast, plain = results
+    if dtype == torch.float32 and not autocast:
+        assert torch.equal(fast.tokens, plain.tokens)
+        assert_close(fast.logprobs, plain.logprobs, fp32)
+    else:  # rounding to bf16 may turn a draw; the first tokens come from the same forward but for it
+        assert_close(fast.logprobs[:, 0].exp(), plain.logprobs[:, 0].exp(), bf16)
+
+
+def test_weights_are_released_when_sampling_fails():
+    model = CausalLM(ModelConfig(vocab_size=4096, n_layer=1, n_head=4, d_model=256), rng=torch.Generator())
+    with torch.no_grad():
+        model.trunk.final_norm.weight.fill_(torch.nan)
+    with pytest.raises(NonFiniteError):
+        generate(model, torch.ones(16, 4, dtype=torch.long), max_new_tokens=32, eos_token_id=0, pad_token_id=0)
+    assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minirlhf.config import LoRASection
 from minirlhf.errors import CheckpointError, UsageError
 from minirlhf.heads import RewardModel, ScalarModel, SharedValueModel, ValueModel
 from minirlhf.lora import (
@@ -37,7 +38,7 @@ from minirlhf.model import Attention, Block, CausalLM
 from minirlhf.pretrained import holds_score, load_causal_lm, load_reward_model, load_value_model, save_pretrained
 from minirlhf.rng import generator
 
-META = "minirlhf.json"
+META, VALUE = "minirlhf.json", "value_model"  # the file beside the weights, the critic's folder beside the policy
 LOADED, TRAINED = "loaded", "trained"  # the adapter of a folder, and the one that a stage trains
 PLAIN = re.compile(r"[\w.-]+")  # a module's name, not a regular expression
 SAMPLE = 1024  # numbers of each tensor in a fingerprint
@@ -161,23 +162,34 @@ def adapted(model: CausalLM, config: Any, owner: Any) -> Any:
     """
     lora = config.lora
     if LOADED in adapters(model):
-        rank = get_adapter(model, LOADED).config.r
-        if lora.r not in (0, rank):
-            raise UsageError(
-                f"lora.r {lora.r}: {config.model.path} is an adapter of rank {rank}, which this stage goes on "
-                f"training; leave lora.r out"
-            )
+        _check_same(lora, get_adapter(model, LOADED).config, config.model.path)
         copy_adapter(model, LOADED, TRAINED, to=owner)
     else:
-        single = lora.targets[0] if len(lora.targets) == 1 and not PLAIN.fullmatch(lora.targets[0]) else None
-        what = LoRAConfig(lora.r, lora.alpha, lora.dropout, single or lora.targets, lora.rslora)
-        add_adapter(owner, TRAINED, what, rng=generator(config.run.seed, "lora"))
+        add_adapter(owner, TRAINED, _new(lora), rng=generator(config.run.seed, "lora"))
         get_adapter(owner, TRAINED).base = os.path.abspath(config.model.path)
     adapter = get_adapter(owner, TRAINED)
     adapter.config = replace(adapter.config, dropout=lora.dropout)
     for layer in adapter.by_path().values():
         layer.dropout = lora.dropout
     return adapter_view(owner, TRAINED)
+
+
+def _new(lora: LoRASection) -> LoRAConfig:
+    """The adapter that the settings describe; a single target that is no plain name is a regular expression."""
+    single = lora.targets[0] if len(lora.targets) == 1 and not PLAIN.fullmatch(lora.targets[0]) else None
+    return LoRAConfig(lora.r, lora.alpha, lora.dropout, single or lora.targets, lora.rslora)
+
+
+def _check_same(lora: LoRASection, its: LoRAConfig, path: str) -> None:
+    """What is said of the adapter is what it is; what is left at its default asks nothing."""
+    asked = _new(lora if lora.r else replace(lora, r=its.r))
+    for name in ("r", "alpha", "targets", "rslora"):
+        said = getattr(lora, name)
+        if said != getattr(LoRASection(), name) and getattr(asked, name) != getattr(its, name):
+            raise UsageError(
+                f"lora.{name} {said}: {path} is an adapter with {name} {getattr(its, name)}, which this stage goes on "
+                f"training; leave lora.{name} out"
+            )
 
 
 def sft_model(model: CausalLM, config: Any) -> CausalLM:
@@ -210,12 +222,14 @@ def set_dropout(model: CausalLM | ScalarModel, p: float) -> None:
 
 def value_model(policy: CausalLM, reward: RewardModel | None, config: Any) -> ValueModel:
     """The critic of PPO: of its own (`separate`), a head on the policy's trunk (`shared`), or an adapter (`lora`)."""
-    lora, start = LOADED in adapters(policy) or TRAINED in adapters(policy), config.ppo.value_init
+    lora, start = bool(list(adapters(policy))), config.ppo.value_init
     kind = {"auto": "lora" if lora else "separate"}.get(config.ppo.critic, config.ppo.critic)
-    if kind == "shared":
-        return SharedValueModel(policy)
     if kind == "lora" and not lora:
         raise UsageError("ppo.critic lora: the policy has no frozen base; set lora.r, or choose separate or shared")
+    if start == "kept":
+        return _kept(policy, kind, config)
+    if kind == "shared":
+        return SharedValueModel(policy)
     near = reward is not None and (kind == "separate" or shares_base(reward, policy))
     start = {"auto": "reward_trunk" if near else "policy"}.get(start, start)
     if start != "policy" and not near:
@@ -226,10 +240,33 @@ def value_model(policy: CausalLM, reward: RewardModel | None, config: Any) -> Va
     source: Any = policy if start == "policy" else reward
     if kind == "separate":
         return _separate(source, zero_head=start != "reward_model")
+    return _on_base(source, policy, zero_head=start != "reward_model")
+
+
+def _kept(policy: CausalLM, kind: str, config: Any) -> ValueModel:
+    """The value model that PPO left beside the policy, trained on."""
+    folder = Path(config.model.path) / VALUE
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; only train_ppo.py leaves one, choose another ppo.value_init")
+    beside = policy if TRAINED in adapters(policy) else None
+    found = open_model(folder, load_value_model, config.run.device, beside=beside)
+    if kind == "separate":
+        return _separate(found, zero_head=False)
+    if kind == "lora":
+        if not shares_base(found, policy):
+            raise CheckpointError(f"{folder}: no adapter on the policy's base; choose --ppo.critic separate")
+        return _on_base(found, policy, zero_head=False)
+    shared = SharedValueModel(policy)
+    shared.score.load_state_dict((_score(found, LOADED) if list(adapters(found)) else found.score).state_dict())
+    return shared
+
+
+def _on_base(source: Any, policy: CausalLM, *, zero_head: bool) -> ValueModel:
+    """A copy of the source's adapter, on the trunk of the policy."""
     value = ValueModel(policy.trunk, rng=generator(0, "head"))
     copy_adapter(source, next(iter(adapters(source))), TRAINED, to=value)
-    if start != "reward_model":
-        nn.init.zeros_(_score(value).weight)
+    if zero_head:
+        nn.init.zeros_(_score(value, TRAINED).weight)
     return adapter_view(value, TRAINED)
 
 
@@ -257,10 +294,10 @@ def _own_adapter(model: SharedValueModel) -> ValueModel:
     value = ValueModel(model.trunk, rng=generator(0, "head"))
     copy_adapter(model.policy, TRAINED, TRAINED, to=value)
     with torch.no_grad():
-        _score(value).weight.copy_(model.score.weight)
+        _score(value, TRAINED).weight.copy_(model.score.weight)
     return adapter_view(value, TRAINED)
 
 
-def _score(model: ValueModel) -> nn.Linear:
-    """The head that an adapter of the value model trains."""
-    return get_adapter(model, TRAINED).by_path()["score"].module  # type: ignore[return-value]
+def _score(model: ValueModel, name: str) -> nn.Linear:
+    """The head that an adapter of the value model holds."""
+    return get_adapter(model, name).by_path()["score"].module  # type: ignore[return-value]

@@ -189,15 +189,28 @@ class PPOSection:
     minibatch_size: int = key(128, "answers of one optimizer step, over all ranks", low=1)
     microbatch_size: int = key(128, "answers of one forward, per rank", low=1)
     epochs: int = key(4, "passes over a rollout", low=1)
+    advantage: str = key(
+        "gae",
+        "what an answer is held against; gae: a value model, rloo and grpo: the other answers to its prompt, "
+        "reinforce: the mean of the rollout. Only gae has a value model",
+        choices=("gae", "rloo", "grpo", "reinforce"),
+    )
+    answers_per_prompt: int = key(1, "answers to each prompt of a rollout, K; rloo and grpo need 2 or more", low=1)
     gamma: float = key(1.0, "discount", low=0.0, high=1.0)
     gae_lambda: float = key(0.95, "λ of GAE", low=0.0, high=1.0)
-    clip_range: float = key(0.2, "ε of the policy ratio", low=0.0)
+    clip_range: float = key(0.2, "ε of the policy ratio; inf: no clipping", low=0.0)
     value_clip_range: float = key(0.2, "ε_v around the rollout's values; 0: no clipping", low=0.0)
     value_coef: float = key(0.5, "weight of the value loss", low=0.0)
     entropy_coef: float = key(0.0, "weight of the entropy bonus", low=0.0)
     kl_coef: float = key(0.08, "β, nats to reward", low=0.0)
+    kl_in: str = key(
+        "reward", "where the penalty stands; loss: of every token, as GRPO has it", choices=("reward", "loss")
+    )
     kl: str = key(
-        "k1", "estimator in the reward; only k1 has the gradient of the sequence KL", choices=("k1", "k2", "k3", "abs")
+        "k1",
+        "estimator; in the reward only k1 has the gradient of the sequence KL, in the loss k2 has that of a token's "
+        "KL(π ‖ ref), k3 that of KL(ref ‖ π)",
+        choices=("k1", "k2", "k3", "abs"),
     )
     kl_target: float = key(0.0, "nats per answer the adaptive controller aims at; 0: fixed β", low=0.0)
     kl_horizon: float = key(10000.0, "answers over which the controller acts", low=1.0)
@@ -218,7 +231,7 @@ class PPOSection:
     missing_eos: str = key("none", "an answer without EOS", choices=("none", "replace", "subtract"))
     missing_eos_penalty: float = key(1.0, "score becomes minus this, or loses this", low=0.0)
     whiten_rewards: bool = key(False, "scale rewards to unit variance, mean kept")
-    whiten_advantages: bool = key(True, "advantages to mean 0, variance 1")
+    whiten_advantages: bool = key(True, "advantages of gae and reinforce to mean 0, variance 1")
     whiten_over: str = key("rollout", "whose tokens give mean and variance", choices=("rollout", "minibatch"))
     whiten_ddof: int = key(0, "the variance divides by n minus this", low=0, high=1)
     loss_mean: str = key(
@@ -234,8 +247,9 @@ class PPOSection:
     )
     value_init: str = key(
         "auto",
-        "value model starts as the trunk, under a zero head, of the reward model (else, and without one, the policy)",
-        choices=("auto", "reward_trunk", "reward_model", "policy"),
+        "value model starts as the trunk, under a zero head, of the reward model (else, and without one, the policy); "
+        "kept: as the one that PPO left beside the policy",
+        choices=("auto", "reward_trunk", "reward_model", "policy", "kept"),
     )
     probe: str = key("warn", "a reward model that prefers degenerate answers", choices=("warn", "stop"))
     on_alarm: str = key("warn", "what an alarm of the log does; stop: exit code 5", choices=("warn", "stop"))
@@ -346,8 +360,24 @@ class PPOConfig:
             raise UsageError("ppo.score_at column: every answer has sample.max_new_tokens; set sample.min_new_tokens 0")
         if not self.model.path:
             raise UsageError("model.path is empty: PPO starts from a trained policy; give its folder")
-        if self.ppo.critic == "shared" and self.ppo.value_init not in ("auto", "policy"):
+        if self.ppo.critic == "shared" and self.ppo.value_init.startswith("reward"):
             raise UsageError(f"ppo.value_init {self.ppo.value_init}: a shared critic stands on the policy's trunk")
+        _check_objective(self.ppo)
+
+
+def _check_objective(o: PPOSection) -> None:
+    _divides(o.answers_per_prompt, o.rollout_size, "ppo.rollout_size / ppo.answers_per_prompt")
+    siblings = o.advantage in ("rloo", "grpo")
+    if siblings and o.answers_per_prompt < 2:
+        raise UsageError(f"ppo.advantage {o.advantage} compares answers to one prompt; set ppo.answers_per_prompt 2")
+    if siblings and o.whiten_over == "minibatch":
+        raise UsageError(f"ppo.whiten_over minibatch: ppo.advantage {o.advantage} is of whole rollouts; use rollout")
+    for name, value in (("critic", o.critic), ("value_init", o.value_init)):
+        if o.advantage != "gae" and value != "auto":
+            raise UsageError(f"ppo.{name} {value}: ppo.advantage {o.advantage} has no value model; leave it out")
+    if o.kl_in == "loss" and o.kl in ("k1", "abs"):
+        reason = {"k1": "has expected gradient 0, which is no penalty at all", "abs": "is no KL"}[o.kl]
+        raise UsageError(f"ppo.kl {o.kl}: as a loss it {reason}; set ppo.kl k2 or k3, or ppo.kl_in reward")
 
 
 def _check_common(config: Any) -> None:
@@ -366,6 +396,8 @@ def _check_common(config: Any) -> None:
         )
     if config.lora.r and not config.lora.targets:
         raise UsageError("lora.targets is empty while lora.r > 0; name the modules, or set lora.r 0")
+    if not config.lora.r and config.lora.targets != LoRASection().targets:
+        raise UsageError(f"lora.targets {','.join(config.lora.targets)} without lora.r; give lora.r, or leave it out")
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

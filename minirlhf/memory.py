@@ -119,11 +119,11 @@ def ppo_sizes(config: Any, run: Any) -> Sizes:
     c = config
     roles, loaded, _ = stage.ppo_roles(c)
     _, prompts = stage.ppo_prompts(c, run, loaded)
-    models = {"policy": roles.policy, "reference": roles.ref_policy, "value model": roles.value_model}
-    if roles.reward_model is not None:
-        models["reward model"] = roles.reward_model
+    models = {"policy": roles.policy, "reference": roles.ref_policy, "value model": roles.value_model,
+              "reward model": roles.reward_model}  # fmt: skip
+    models = {role: model for role, model in models.items() if model is not None}
     longest, new = max(map(len, prompts)), c.sample.max_new_tokens
-    distinct = min(len({tuple(ids) for ids in prompts}), c.ppo.rollout_size)
+    distinct = min(len({tuple(ids) for ids in prompts}), c.ppo.rollout_size // c.ppo.answers_per_prompt)
     return Sizes(models, c.ppo.microbatch_size, longest + new, new, c.ppo.rollout_size, (distinct, longest))
 
 

@@ -17,6 +17,7 @@ from minirlhf import dist, review_world
 from minirlhf.adapt import (
     LOADED,
     META,
+    VALUE,
     adapted,
     base_folder,
     open_model,
@@ -112,12 +113,12 @@ def save(folder: Path, model: CausalLM | ScalarModel, tokenizer: Tokenizer, temp
     write_json(folder / META, {"template": template.name, "template_sha256": template.sha256, **meta, **found})
 
 
-def save_ppo(folder: Path, policy: Loaded, critic: ScalarModel) -> None:
-    """The policy, and beside it the value model, so that PPO can go on from here."""
+def save_ppo(folder: Path, policy: Loaded, critic: ScalarModel | None) -> None:
+    """The policy, and beside it the value model, if there is one, so that PPO can go on from here."""
     save(folder, policy.model, policy.tokenizer, policy.template)
-    found = write_model(folder / "value_model", critic)
+    found = write_model(folder / VALUE, critic) if critic else {}
     if found:
-        write_json(folder / "value_model" / META, found)
+        write_json(folder / VALUE / META, found)
 
 
 def conclude(run: Run, write: Callable[[Path], None]) -> None:
@@ -161,8 +162,8 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
         reward_model = reward.model.requires_grad_(False).eval()
         score = reward_model_score(reward_model)
         of_texts = partial(score_texts, *reward[:3], device=c.run.device)
-    critic = value_model(policy, reward_model, c)
-    for model in (policy, ref_policy, critic):
+    critic = value_model(policy, reward_model, c) if c.ppo.advantage == "gae" else None
+    for model in filter(None, (policy, ref_policy, critic)):
         model.eval()  # no dropout: old and new log-probs must agree
     return Roles(policy, ref_policy, critic, score, reward_model), loaded._replace(model=policy), of_texts
 

@@ -277,6 +277,27 @@ def test_critics_start_where_they_are_told(folders):
     assert_close(values[torch.arange(3), last], rollout.scores, fp32)
 
 
+@pytest.mark.parametrize("critic", ["separate", "shared", "lora"])
+@pytest.mark.parametrize(("policy", "reward"), [("sft", "rm"), ("base", "full_rm")])
+def test_ppo_goes_on_with_the_critic_it_left(folders, policy, reward, critic):
+    if critic == "lora" and policy == "base":
+        return
+    roles, loaded, _ = stage.ppo_roles(config(folders, policy, reward, critic=critic))
+    with torch.no_grad():
+        stirred_head(roles.value_model).fill_(0.5)
+    rollout = roll(roles)
+    stage.save_ppo(folders / "ppo", loaded, roles.value_model)
+    again, _, _ = stage.ppo_roles(config(folders, "ppo", reward, critic=critic, value_init="kept"))
+    assert_close(roll(again).values, rollout.values, exact)
+    assert rollout.values.abs().max() > 0.1
+    trained = {name: p.requires_grad for name, p in again.value_model.named_parameters()}
+    assert trained == {name: p.requires_grad for name, p in roles.value_model.named_parameters()}
+    fresh, _, _ = stage.ppo_roles(config(folders, "ppo", reward, critic=critic))
+    assert not roll(fresh).values.any()
+    with pytest.raises(CheckpointError, match=r"only train_ppo.py leaves one"):
+        stage.ppo_roles(config(folders, policy, reward, value_init="kept"))
+
+
 # ---- what goes on from what -----------------------------------------------------------------------------------------
 
 
@@ -296,10 +317,24 @@ def test_the_next_stage_starts_as_a_copy(folders):
 def test_another_rank_is_refused(folders):
     start = open_model(folders / "sft", load_causal_lm, "cpu")
     sft_model(start, SFTConfig(**section(folders / "sft", r=2)))
-    with pytest.raises(UsageError, match=r"lora.r 8: .*sft is an adapter of rank 2"):
+    with pytest.raises(UsageError, match=r"lora.r 8: .*sft is an adapter with r 2"):
         sft_model(open_model(folders / "sft", load_causal_lm, "cpu"), SFTConfig(**section(folders / "sft", r=8)))
     with pytest.raises(UsageError, match=r"lora.r 8: a new model has no base"):
         SFTConfig(lora=LoRASection(r=8)).check()
+
+
+def test_settings_unlike_the_adapter_are_refused(folders):
+    def train(**lora):
+        start = open_model(folders / "sft", load_causal_lm, "cpu")
+        return sft_model(start, SFTConfig(**section(folders / "sft", **lora)))
+
+    train(r=2, alpha=16.0, targets=("all-linear",), dropout=0.5)
+    for lora, word in (({"alpha": 8.0}, "lora.alpha 8.0: .* with alpha 16,"), ({"rslora": True}, "lora.rslora"),
+                       ({"r": 2, "targets": ("q_proj",)}, "lora.targets")):  # fmt: skip
+        with pytest.raises(UsageError, match=word):
+            train(**lora)
+    with pytest.raises(UsageError, match=r"lora.targets q_proj without lora.r"):
+        SFTConfig(lora=LoRASection(targets=("q_proj",))).check()
 
 
 def test_targets_by_name_and_by_expression(folders):

@@ -148,7 +148,7 @@ def test_chat_and_score_open_adapter_folders(pipeline):
 def test_mistakes_end_in_one_line_and_their_code(pipeline, tmp_path):
     here = ["--run.dir", tmp_path / "x"]
     assert "base" in script("sft", "--lora.r", "8", *here, cwd=pipeline, code=2)
-    assert "rank 8" in script("ppo", *TINY["ppo"], "--lora.r", "4", *here, cwd=pipeline, code=2)
+    assert "with r 8" in script("ppo", *TINY["ppo"], "--lora.r", "4", *here, cwd=pipeline, code=2)
     assert "lora.targets" in script("sft", *argv("sft", "--lora.targets", "c_attn"), *here, cwd=pipeline, code=2)
     assert "ppo.critic" in script("ppo", *TINY["ppo"], "--model.path", "base", "--ppo.critic", "lora", *here,
                                   cwd=pipeline, code=2)  # fmt: skip

@@ -18,7 +18,11 @@ Work = Callable[[], object]
 
 
 def seconds(work: Work) -> float:
-    """Of the wall clock; with one thread of the CPU's, which neighbours on a busy machine disturb less."""
+    """Of the wall clock; with one thread of the CPU's, which neighbours on a busy machine disturb less.
+
+    A `prepare` method of the work runs first and does not count.
+    """
+    getattr(work, "prepare", lambda: None)()
     on_gpu = torch.cuda.is_available()
     clock = time.perf_counter if on_gpu or torch.get_num_threads() > 1 else time.process_time
     began = clock()
@@ -32,7 +36,7 @@ def compare(label: str, ours: Work, rivals: dict[str, Work], *, runs: int = 5, t
     """Run all in turn, `runs` times after one unmeasured round; print a row per rival."""
     everyone = {"ours": ours, **rivals}
     for work in everyone.values():
-        work()
+        seconds(work)
     times: dict[str, list[float]] = {name: [] for name in everyone}
     for i in range(runs):  # every other round backwards, so that nobody always follows the same neighbour
         for name, work in list(everyone.items())[:: 1 if i % 2 == 0 else -1]:

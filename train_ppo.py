@@ -50,7 +50,7 @@ def main(config: PPOConfig, run: Run) -> None:
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
                    device=c.run.device)  # fmt: skip
 
-    trained = {"policy": roles.policy, "value_model": roles.value_model}
+    trained = {"policy": roles.policy} | ({"value_model": roles.value_model} if roles.value_model else {})
     named = [(f"{role}.{name}", x) for role, model in trained.items() for name, x in model.named_parameters()]
     optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
     start, tensors, state = run.restore() or (0, {}, {"kl_coef": p.kl_coef})
@@ -140,9 +140,10 @@ def look_last(run: Run, exam: Callable[..., list[Any]], prompts: list[list[int]]
 def answers(
     config: PPOConfig, roles: Roles, prompts: list[list[int]], sampling: dict[str, Any], step: int, partition: Partition
 ) -> Rollout:
-    """The rollout of a step: its prompts, a random stream for each of its rows."""
-    c = config
-    rows = step_rows(len(prompts), c.ppo.rollout_size, step - 1, seed=c.run.seed)
+    """The rollout of a step: its prompts, each as often as it has answers, a random stream for each of its rows."""
+    c, K = config, config.ppo.answers_per_prompt
+    drawn = step_rows(len(prompts), c.ppo.rollout_size // K, step - 1, seed=c.run.seed)
+    rows = [r for r in drawn for _ in range(K)]
     ids, mask = left_padded([prompts[r] for r in rows], sampling["pad_token_id"], c.run.device)
     rngs = [generator(c.run.seed, "sample", step, row) for row in range(len(rows))]
     how: dict[str, Any] = {"score_at": c.ppo.score_at, "impl": c.run.impl, "rng": rngs}

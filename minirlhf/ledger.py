@@ -69,20 +69,23 @@ class Columns:
         self.sums: dict[str, Tensor] = {}
         self.passes = torch.zeros(len(rollout), 1, dtype=torch.float64)
 
-    def __call__(self, index: Tensor, logprobs: Tensor, values: Tensor, A: Tensor, returns: Tensor) -> None:
-        """A microbatch: (b,) and (b, R) each."""
+    def __call__(self, index: Tensor, logprobs: Tensor, values: Tensor | None, A: Tensor, returns: Tensor) -> None:
+        """A microbatch: (b,) and (b, R) each; values are None without a critic."""
         o, part, R = self.options, self.rollout.rows(index), logprobs.shape[1]
         old, actions = part.old_logprobs, self.rollout.action_mask
         near = o.value_clip_range or None
         self.passes[index] += 1
+        critic: list[tuple[str, Tensor, Tensor]] = []
+        if values is not None:
+            critic = [("value_loss", value_loss(values, part.values, returns, clip_range=near), self.fitted)]
         for name, x, mask in (
+            *critic,
             ("advantage", A, actions),
             ("return", returns, self.rollout.value_mask),
             ("ratio", (logprobs - old).exp(), actions),
             ("clipped", is_clipped(logprobs, old, A, clip_range=o.clip_range), actions),
             ("new_kl", kl_estimate(old, logprobs, "k3"), actions),
             ("policy_loss", policy_loss(logprobs, old, A, clip_range=o.clip_range), actions),
-            ("value_loss", value_loss(values, part.values, returns, clip_range=near), self.fitted),
         ):
             total = self.sums.setdefault(name, torch.zeros(actions.shape, dtype=torch.float64))
             total[index, :R] += torch.where(mask[index, :R], x.double(), 0.0)
@@ -103,7 +106,9 @@ def replay(config: Any, path: Path, changed: Sequence[str]) -> Replay:
     step = state["step"]
     roles, loaded, _ = stage.ppo_roles(c)
     engine = Engine(c.run, [roles.policy, roles.value_model])
-    trained = {"policy": roles.policy, "value_model": roles.value_model}
+    trained = {"policy": roles.policy} | ({"value_model": roles.value_model} if roles.value_model else {})
+    if missing := trained.keys() - tensors.keys():
+        raise UsageError(f"ppo.advantage {p.advantage}: {path} was drawn without a {' and '.join(missing)}")
     named = [(f"{role}.{name}", x) for role, model in trained.items() for name, x in model.named_parameters()]
     lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
     optimizer = adamw(named, lr=lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
@@ -128,8 +133,9 @@ def rollout_columns(rollout: Rollout, scores: Tensor, beta: float, options: Any)
     actions, states = rollout.action_mask, rollout.value_mask
     old, ref, values = (x.double() for x in (rollout.old_logprobs, rollout.ref_logprobs, rollout.values))
     rewards = shape_rewards(
-        scores.double(), old, ref, actions, kl_coef=beta, kl=options.kl, score_at=options.score_at
-    )  # (B, R)
+        scores.double(), old, ref, actions, kl_coef=beta if options.kl_in == "reward" else 0.0, kl=options.kl,
+        score_at=options.score_at,
+    )  # (B, R)  # fmt: skip
     values = torch.where(states, values, 0.0)
     after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
     delta = torch.where(states, rewards + options.gamma * after - values, 0.0)
@@ -181,6 +187,8 @@ def sums(r: Replay, logged: dict[str, Any]) -> list[tuple[str, str, float, int, 
     divisors = {"episodes": len(o), "tokens": int(o.action_mask.sum()), "states": int(r.columns["fitted"].sum())}
     rows = []
     for metric, column, sign, per in SUMS:
+        if column not in r.columns:  # no critic
+            continue
         total = sign * math.fsum(r.columns[column].flatten().tolist())
         rows.append((metric, column, total, divisors[per], total / divisors[per], logged.get(metric)))
     total = math.fsum(o.scores.double().tolist())

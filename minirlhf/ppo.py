@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import dist
-from minirlhf.advantage import explained_variance, gae
+from minirlhf.advantage import explained_variance, gae, group_advantages
 from minirlhf.config import PPOSection
 from minirlhf.data import cut
 from minirlhf.errors import NonFiniteError
 from minirlhf.heads import ValueModel
 from minirlhf.loss import is_clipped, policy_loss, value_loss
-from minirlhf.masked import masked_mean, masked_sum, whiten
+from minirlhf.masked import keep, masked_mean, masked_sum, whiten
 from minirlhf.model import CausalLM
 from minirlhf.ops import kl_estimate
 from minirlhf.optim import clip_model
@@ -27,12 +27,12 @@ from minirlhf.rollout import Rollout, policy_stats, state_values
 
 Plan = list[list[Tensor]]  # one epoch: minibatches, each cut into microbatches of row indices, for W ranks in turn
 Clip = Callable[[nn.Module, float], Tensor]  # model, largest norm → norm before
-Watch = Callable[..., None]  # rows (b,); log-probs, values, advantages, returns (b, R) each
+Watch = Callable[..., None]  # rows (b,); log-probs, values (None: no critic), advantages, returns (b, R) each
 
 
 def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing else)
     policy: CausalLM,
-    value_model: ValueModel,
+    value_model: ValueModel | None,  # None: no critic
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
     scores: Tensor,  # (B,) as they enter the rewards, see `score_answers`
@@ -51,8 +51,9 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     o = options
     assert rollout.score_at == o.score_at, (rollout.score_at, o.score_at)
     actions, states = rollout.action_mask, rollout.value_mask  # (B, R) each, equal unless the score lands elsewhere
+    in_reward, in_loss = (kl_coef, 0.0) if o.kl_in == "reward" else (0.0, kl_coef)  # β
     rewards = shape_rewards(
-        scores, rollout.old_logprobs, rollout.ref_logprobs, actions, kl_coef=kl_coef, kl=o.kl, score_at=o.score_at
+        scores, rollout.old_logprobs, rollout.ref_logprobs, actions, kl_coef=in_reward, kl=o.kl, score_at=o.score_at
     )  # (B, R)
     advantages, returns = estimate(rewards, rollout.values, actions, states, o)  # (B, R) each
     require_finite(
@@ -78,31 +79,40 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 m, f, A, old = actions[index, :R], fitted[index, :R], advantages[index, :R], part.old_logprobs
                 with precision():
                     stats = policy_stats(policy, part, temperature=temperature, want=want, impl=impl)
-                    values = state_values(value_model, part)
+                    values = state_values(value_model, part) if value_model else None
                 logprobs = stats["logprobs"]
                 pg = policy_loss(logprobs, old, A, clip_range=o.clip_range)  # (b, R)
-                vf = value_loss(values, part.values, returns[index, :R], clip_range=o.value_clip_range or None)
                 bonus = o.entropy_coef * stats["entropy"] if o.entropy_coef else 0.0
                 if o.loss_mean == "microbatch":  # the mean of means: tokens weigh more where they are few
                     n, n_fitted = (x.sum().clamp(min=1) * len(microbatches) for x in (m, f))
-                (masked_sum(pg - bonus, m) / n + o.value_coef * masked_sum(vf, f) / n_fitted).backward()
+                loss = masked_sum(pg - bonus, m) / n
+                if in_loss:
+                    penalty = kl_estimate(logprobs, keep(part.ref_logprobs, m), o.kl)  # (b, R)
+                    loss = loss + in_loss * masked_sum(penalty, m) / n
+                    steps[-1].add(m, penalty=penalty)
+                if values is not None:
+                    vf = value_loss(values, part.values, returns[index, :R], clip_range=o.value_clip_range or None)
+                    loss = loss + o.value_coef * masked_sum(vf, f) / n_fitted
+                    steps[-1].add(f, value=vf)
+                loss.backward()
                 ratio = (logprobs - old).exp()
                 steps[-1].add(
                     m, policy=pg, ratio=ratio, gap=(ratio - 1).abs(), kl=kl_estimate(old, logprobs, "k3"),
                     clipped=is_clipped(logprobs, old, A, clip_range=o.clip_range),
                 )  # fmt: skip
-                steps[-1].add(f, value=vf)
                 if watch:
-                    watch(index, logprobs.detach(), values.detach(), A, returns[index, :R])
-            optimizer_step(optimizer, (policy, value_model), max_grad_norm, clip, steps[-1])
+                    watch(index, logprobs.detach(), None if values is None else values.detach(), A, returns[index, :R])
+            models = (policy, value_model) if value_model else (policy,)
+            optimizer_step(optimizer, models, max_grad_norm, clip, steps[-1])
         if o.stop_kl and mean_of(steps[-len(minibatches) :], "kl") > o.stop_kl:
             break
 
+    critic = {"value/explained_var": float(explained_variance(rollout.values, returns, actions))} if value_model else {}
     return {
-        **{metric: mean_of(steps, name) for metric, name in UPDATE_METRICS.items()},
+        **{metric: mean_of(steps, name) for metric, name in UPDATE_METRICS.items() if name in steps[0].sums},
         "val/first_ratio_gap": mean_of(steps[:1], "gap"),  # 0, or sampling and training disagree
         "policy/epochs": len(steps) // len(plans[0]),
-        "value/explained_var": float(explained_variance(rollout.values, returns, actions)),
+        **critic,
         "objective/rlhf_reward": float(masked_sum(rewards, states)) / len(rollout),
     }
 
@@ -114,17 +124,32 @@ def estimate(
     states: Tensor,  # (B, R) bool, the actions' and perhaps the one after the last
     options: PPOSection,
 ) -> tuple[Tensor, Tensor]:  # advantages, returns: (B, R) each
-    """GAE, with what is whitened before and after it; the returns are those of before."""
+    """How much better than expected each token was, with what is whitened before and after; returns are of before.
+
+    gae: than the value model expects · reinforce: reward to go less its mean over the tokens (Williams 1992) · rloo,
+    grpo: the whole answer's reward, score - β Σ k1, against those of its siblings, which are the rows next to it; the
+    same at every token, and left on its own scale.
+    """
     o = options
     if o.whiten_rewards:
         rewards = whiten(rewards, states, center=False, ddof=o.whiten_ddof)
-    advantages, returns = gae(rewards, values, states, gamma=o.gamma, lam=o.gae_lambda)
+    if o.advantage in ("rloo", "grpo"):
+        totals = keep(rewards, states).sum(1)  # (B,)
+        groups = group_advantages(totals.view(-1, o.answers_per_prompt), kind=o.advantage)  # (B / K, K)
+        advantages, returns = (keep(x.view(-1, 1).expand_as(rewards), actions) for x in (groups, totals))
+        return advantages, returns
+    if o.advantage == "gae":
+        advantages, returns = gae(rewards, values, states, gamma=o.gamma, lam=o.gae_lambda)
+    else:
+        returns, _ = gae(rewards, torch.zeros_like(values), states, gamma=o.gamma, lam=1.0)
+        advantages = keep(returns - masked_mean(returns, actions), actions)
     return (whiten(advantages, actions, ddof=o.whiten_ddof) if o.whiten_advantages else advantages), returns
 
 
 UPDATE_METRICS = {
     "loss/policy_avg": "policy",
     "loss/value_avg": "value",
+    "loss/kl_avg": "penalty",
     "policy/approxkl_avg": "kl",
     "policy/clipfrac_avg": "clipped",
     "val/ratio": "ratio",

@@ -141,11 +141,11 @@ Partition = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Roles(NamedTuple):
-    """The four models of PPO; the reward model is whatever scores a rollout's answers."""
+    """The models of PPO; the reward model is whatever scores a rollout's answers."""
 
     policy: CausalLM
     ref_policy: CausalLM
-    value_model: ValueModel
+    value_model: ValueModel | None  # None: advantages without a critic
     score: Callable[[Rollout], Tensor]  # → (B,)
     reward_model: RewardModel | None = None  # behind `score`
     gathered: Callable[..., AbstractContextManager[Any]] = lambda *models: nullcontext()  # in it they are whole
@@ -216,9 +216,10 @@ def judge(
     asked: dict[str, tuple[Any, Callable[[Rollout], Tensor]]] = {
         "old_logprobs": (roles.policy, lambda part: policy_stats(roles.policy, part, **how)["logprobs"]),
         "ref_logprobs": (roles.ref_policy, lambda part: policy_stats(roles.ref_policy, part, **how)["logprobs"]),
-        "values": (roles.value_model, lambda part: state_values(roles.value_model, part)),
         "scores": (roles.reward_model, roles.score),
     }
+    if (critic := roles.value_model) is not None:
+        asked["values"] = critic, lambda part: state_values(critic, part)
     out: dict[str, Any] = {}
     for name, (model, ask) in asked.items():
         found = torch.zeros_like(getattr(rollout, name))

@@ -88,7 +88,8 @@ def prepare(config: Any, roles: Roles, loaded: stage.Loaded) -> Bench:
     sampling = stage.sampling(c, loaded)
     ids, mask = left_padded([prompts[r] for r in rows], sampling["pad_token_id"], c.run.device)
     options = replace(c.ppo, rollout_size=ANSWERS, minibatch_size=ANSWERS, microbatch_size=ANSWERS // 4, epochs=1,
-                      score_at="last", loss_mean="step")  # fmt: skip
+                      score_at="last", loss_mean="step",
+                      advantage="gae" if roles.value_model else "reinforce")  # fmt: skip
     parts: list[Tensor] = []
 
     def partition(lengths: Tensor) -> list[Tensor]:
@@ -227,7 +228,7 @@ class Recorder:
 
 def gradient(b: Bench, size: int) -> Tensor:
     """Of one optimizer step of PPO over all answers, in microbatches of `size`."""
-    recorder: Any = Recorder((b.roles.policy, b.roles.value_model))
+    recorder: Any = Recorder([m for m in (b.roles.policy, b.roles.value_model) if m])
     plans = [[list(torch.arange(ANSWERS).split(size))]]
     ppo_iteration(
         b.roles.policy, b.roles.value_model, recorder, b.rollout, torch.linspace(-1, 1, ANSWERS), plans, b.config.ppo,

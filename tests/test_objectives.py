@@ -1,0 +1,254 @@
+"""What researchers hold against PPO: advantages without a critic, penalties and losses of other papers, in one loop."""
+
+import copy
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_ppo import iterate, weights
+from test_rollout import OPTIONS, roles_of, roll
+from test_scripts import ENV, TINY, digests, metrics, script
+from tolerance import assert_close, exact, fp64
+
+from minirlhf.config import PPOConfig, load_config
+from minirlhf.errors import UsageError
+from minirlhf.ppo import epoch_plans, estimate, ppo_iteration
+from minirlhf.rollout import load_rollout
+
+MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True, True, True]])
+SCORES = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
+
+
+def options(**changes):
+    return dataclasses.replace(OPTIONS, **changes)
+
+
+def at_the_end(scores, mask=MASK):
+    """Rewards that are the score at the last token."""
+    last = torch.arange(mask.shape[1]) == mask.sum(1, keepdim=True) - 1
+    return torch.where(last, scores[:, None], 0.0)
+
+
+def critic_free(advantage, *, rewards=None, states=MASK, K=4, **changes):
+    rewards = at_the_end(SCORES) if rewards is None else rewards
+    nothing = torch.full_like(rewards, 7.0)  # values that nobody may look at
+    return estimate(rewards, nothing, MASK, states, options(advantage=advantage, answers_per_prompt=K, **changes))
+
+
+# ---- advantages without a critic ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("rloo", [-8 / 3, -4 / 3, 0.0, 4.0]),
+        ("grpo", [x / ((14 / 3) ** 0.5 + 1e-4) for x in (-2, -1, 0, 3)]),
+    ],
+)
+def test_a_group_gives_every_token_of_an_answer_its_advantage(kind, expected):
+    A, returns = critic_free(kind)
+    assert_close(A, torch.where(MASK, torch.tensor(expected, dtype=torch.float64)[:, None], 0.0), fp64)
+    assert_close(returns, torch.where(MASK, SCORES[:, None], 0.0), exact)
+
+
+def test_groups_are_of_adjacent_rows_and_do_not_see_each_other():
+    A, _ = critic_free("rloo", K=2)
+    assert_close(A[:, 0], [-1.0, 1.0, -3.0, 3.0], fp64)
+
+
+def test_the_penalty_is_part_of_what_siblings_are_compared_by():
+    """math.md's row, (-0.04, 0.02, 0.80): 0.78 against a sibling's 0.5."""
+    rewards = torch.tensor([[-0.04, 0.02, 0.80], [0.5, 0.0, 0.0]] * 2, dtype=torch.float64)
+    A, _ = critic_free("rloo", K=2, rewards=rewards)
+    assert_close(A[:2, 0], [0.28, -0.28], fp64)
+
+
+def test_a_score_after_the_answer_counts():
+    states = MASK | torch.nn.functional.pad(MASK, (1, 0))[:, :-1]
+    rewards = at_the_end(SCORES, states)
+    A, _ = critic_free("rloo", rewards=rewards, states=states)
+    assert_close(A[:, 0], [-8 / 3, -4 / 3, 0.0, 4.0], fp64)
+    assert not A[~MASK].any()
+
+
+def test_reinforce_is_reward_to_go_less_its_mean():
+    """γ = 0.5: to go (.25, .5, 1), (2), (1.5, 3), (1.5, 3, 6), sum 18.75 over 9 tokens."""
+    to_go = torch.tensor([[0.25, 0.5, 1], [2, 0, 0], [1.5, 3, 0], [1.5, 3, 6]], dtype=torch.float64)
+    plain = torch.where(MASK, to_go - 18.75 / 9, 0.0)
+    A, returns = critic_free("reinforce", gamma=0.5, whiten_advantages=False)
+    assert_close(A, plain, fp64)
+    assert_close(returns, to_go, fp64)
+    A, _ = critic_free("reinforce", gamma=0.5)
+    assert_close(A, plain / (plain.square().sum() / 9 + 1e-8).sqrt(), fp64)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce"])
+def test_without_a_value_model_none_is_asked_trained_or_logged(advantage):
+    roles, _ = roles_of("gpt2")
+    roles = roles._replace(value_model=None)
+    rollout = roll(roles)
+    assert not rollout.values.any()
+    o, before = options(advantage=advantage, answers_per_prompt=4), copy.deepcopy(roles.policy)
+    said = ppo_iteration(
+        roles.policy, None, torch.optim.SGD(roles.policy.parameters(), lr=0.1), rollout, rollout.scores,
+        epoch_plans(rollout.lengths, o, 0, 1), o, kl_coef=0.1, temperature=0.9, max_grad_norm=1.0,
+    )  # fmt: skip
+    assert not [name for name in said if name.startswith("value/") or name == "loss/value_avg"]
+    assert said["val/first_ratio_gap"] == 0.0
+    assert any((a != b).any() for a, b in zip(before.parameters(), roles.policy.parameters(), strict=True))
+
+
+# ---- the step is the formula's --------------------------------------------------------------------------------------
+
+
+def fp64_roles():
+    roles, _ = roles_of("gpt2")
+    for model in roles[:3]:
+        model.double()
+    return roles
+
+
+def token_stats(policy, rollout, b):
+    """log π of row b's tokens from a plain forward of that row alone, at temperature 0.9."""
+    ids = torch.cat([rollout.prompts[b][rollout.prompt_mask[b]], rollout.responses[b][rollout.response_mask[b]]])
+    n = int(rollout.lengths[b])
+    logprobs = torch.log_softmax(policy(ids[None])[0] / 0.9, -1)
+    return logprobs[torch.arange(len(ids) - n - 1, len(ids) - 1), ids[-n:]]
+
+
+def step_of(roles, rollout, **changes):
+    """The gradient that one optimizer step of the loop takes: SGD at rate 1 moves by it."""
+    size = {"minibatch_size": 12, "microbatch_size": 4, "epochs": 1}
+    old = weights(roles)
+    iterate(roles, rollout, lr=1.0, **size | changes)
+    return [was - now for was, now in zip(old, weights(roles), strict=True)][: len(list(roles.policy.parameters()))]
+
+
+@pytest.mark.parametrize(("kind", "slope"), [("k2", lambda x: x), ("k3", lambda x: 1 - torch.exp(-x))])
+def test_the_penalty_in_the_loss_has_the_gradient_of_its_estimator(kind, slope):
+    """Σ_t (-A + β k'(x_t)) ∇log π(a_t) / N with k2' = x, k3' = 1 - e^-x; A is the score's alone."""
+    roles = fp64_roles()
+    rollout = roll(roles)
+    ref = torch.where(rollout.response_mask, rollout.old_logprobs + 0.4 * rollout.old_logprobs.sin(), 0.0)
+    rollout = dataclasses.replace(rollout, ref_logprobs=ref)
+    groups = rollout.scores.double().view(3, 4)
+    A = ((groups - groups.mean(1, keepdim=True)) * 4 / 3).flatten()
+    total = sum(
+        ((-A[b] + 0.3 * slope(new.detach() - ref[b, : len(new)])) * new).sum()
+        for b in range(12)
+        for new in [token_stats(roles.policy, rollout, b)]
+    )
+    expected = torch.autograd.grad(total / rollout.lengths.sum(), list(roles.policy.parameters()))
+    how = {"advantage": "rloo", "answers_per_prompt": 4, "kl_in": "loss", "kl": kind, "kl_coef": 0.3}
+    for g, want in zip(step_of(roles, rollout, **how), expected, strict=True):
+        torch.testing.assert_close(g, want, rtol=1e-5, atol=1e-8)
+
+
+def test_padding_of_the_reference_reaches_no_gradient():
+    how = {"advantage": "grpo", "answers_per_prompt": 4, "kl_in": "loss", "kl": "k3", "kl_coef": 0.3}
+    ends = []
+    for fill in (0.0, 1e6):
+        roles = fp64_roles()
+        rollout = roll(roles)
+        ref = torch.where(rollout.response_mask, rollout.ref_logprobs - 0.1, fill)
+        ends.append(step_of(roles, dataclasses.replace(rollout, ref_logprobs=ref), **how))
+    for a, b in zip(*ends, strict=True):
+        assert_close(a, b, exact)
+
+
+def test_a2c_is_ppo_without_a_clip_and_with_one_step():
+    """clip_range inf, one epoch, one minibatch: the plain policy gradient, and PPO's first step bit for bit."""
+    roles = fp64_roles()
+    rollout = roll(roles)
+    plain = {"whiten_advantages": False, "kl_coef": 0.0, "gae_lambda": 1.0}
+    total = sum(
+        ((rollout.values[b, : len(new)] - rollout.scores[b]) * new).sum()  # -(score to go - V) log π
+        for b in range(12)
+        for new in [token_stats(roles.policy, rollout, b)]
+    )
+    expected = torch.autograd.grad(total / rollout.lengths.sum(), list(roles.policy.parameters()))
+    a2c = step_of(copy.deepcopy(roles), rollout, clip_range=float("inf"), **plain)
+    ppo = step_of(copy.deepcopy(roles), rollout, clip_range=0.2, **plain)
+    for g, first, want in zip(a2c, ppo, expected, strict=True):
+        assert_close(g, first, exact)
+        torch.testing.assert_close(g, want, rtol=1e-5, atol=1e-8)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("advantage=rloo", ["answers_per_prompt", "2"]),
+        ("advantage=grpo answers_per_prompt=1", ["answers_per_prompt"]),
+        ("answers_per_prompt=3", ["rollout_size", "256"]),
+        ("advantage=rloo answers_per_prompt=4 whiten_over=minibatch", ["whiten_over"]),
+        ("advantage=reinforce critic=shared", ["ppo.critic", "no value model"]),
+        ("advantage=grpo answers_per_prompt=2 value_init=policy", ["ppo.value_init"]),
+        ("kl_in=loss", ["k1", "no penalty at all", "k2 or k3"]),
+        ("kl_in=loss kl=abs", ["abs", "no KL"]),
+        ("clip_range=nan", ["clip_range"]),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(settings, words):
+    with pytest.raises(UsageError) as e:
+        load_config(PPOConfig, [f"--ppo.{setting}" for setting in settings.split()])
+    assert all(word in str(e.value) for word in words), e.value
+
+
+def test_infinity_is_a_clip_range():
+    assert load_config(PPOConfig, ["--ppo.clip_range", "inf"]).ppo.clip_range == float("inf")
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+GROUPS = ["--ppo.rollout_size", "8", "--ppo.minibatch_size", "4", "--ppo.microbatch_size", "4", "--reward.fn",
+          "taste:brief", "--ppo.advantage", "rloo", "--ppo.answers_per_prompt", "4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """SFT, and a reward of texts."""
+    cwd = tmp_path_factory.mktemp("objectives")
+    script("sft", *TINY["sft"], cwd=cwd)
+    (cwd / "taste.py").write_text("def brief(prompts, responses):\n    return [-float(len(r)) for r in responses]\n")
+    return cwd
+
+
+def run_and_resume(folder, name, *argv):
+    """A run of 4 steps, and the same from its second checkpoint on, as if it had been killed there → both folders."""
+    argv = [*argv, "--run.steps", "4", "--run.save_every", "1", "--run.keep", "9"]
+    script("ppo", *argv, "--run.dir", name, cwd=folder)
+    whole, cut = folder / name, folder / f"{name}-cut"
+    shutil.copytree(whole, cut)
+    for gone in ("final", "checkpoints/step_00000003", "checkpoints/step_00000004"):
+        shutil.rmtree(cut / gone)
+    script("ppo", *argv, "--run.dir", cut, "--run.resume", "true", cwd=folder)
+    return whole, cut
+
+
+def test_groups_go_through_the_script_and_resume_bit_for_bit(folder):
+    whole, cut = run_and_resume(folder, "groups", *GROUPS, "--ppo.save_rollouts", "1")
+    assert digests(whole / "final") == digests(cut / "final")
+    assert metrics(whole) == metrics(cut)
+    assert not (whole / "final/value_model").exists()
+    assert not [k for line in metrics(whole) for k in line if k.startswith("value/") or k == "loss/value_avg"]
+    assert not (whole / "checkpoints/step_00000004/value_model.safetensors").exists()
+    rollout, _, weights = load_rollout(whole / "rollouts/step_00000002.safetensors")
+    assert "value_model" not in weights
+    prompts = [row[real].tolist() for row, real in zip(rollout.prompts, rollout.prompt_mask, strict=True)]
+    assert prompts[:4] == prompts[:1] * 4
+    assert prompts[4:] == prompts[4:5] * 4
+    assert prompts[0] != prompts[4]
+    assert len({tuple(row) for row in rollout.responses[:4].tolist()}) > 1
+    replay(whole, 2, folder)
+
+
+def replay(run, step, folder):
+    """The ledger does the update again: exit code 0 where every number and tensor is equal."""
+    command = [sys.executable, "-m", "minirlhf.ledger", str(run), "--step", str(step), "--replay"]
+    subprocess.run(command, cwd=folder, env=ENV, check=True, timeout=120)

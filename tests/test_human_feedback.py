@@ -54,6 +54,7 @@ def label_all(line, judge=by_gold):
         page.close()
 
 
+@pytest.mark.slow
 def test_every_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     env = ENV | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

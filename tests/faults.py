@@ -27,15 +27,15 @@ def disk_calls(act):
                 fd = real["open"](*args, **keywords)
                 names[fd] = place(args[0])
                 return fd
-            where = (
-                names.get(args[0], "?") if name in ("write", "fsync") else place(args[name in ("rename", "replace")])
-            )
+            of_file = name in ("write", "fsync")
+            where = names.get(args[0], "?") if of_file else place(args[name in ("rename", "replace")])
             i, label = count[0], f"{name} {where}"
             count[0] += 1
-            if name == "write":
-                act(i, label, "before", *args)
-            else:
-                act(i, label, "before")
+            try:
+                act(i, label, "before", *(args if name == "write" else ()))
+            except OSError as e:
+                e.filename = None if of_file else os.fspath(args[0])  # as the real call would say it
+                raise
             out = real[name](*args, **keywords)
             if name == "open":
                 names[out] = where

@@ -288,7 +288,7 @@ def test_the_best_checkpoint_stays(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "every"),
-    [
+    [(errno.ENOSPC, 11), (errno.EIO, 13), *[pytest.param(e, 1, marks=pytest.mark.slow) for e in (28, 5)]],
         (errno.ENOSPC, 11),
         (errno.EIO, 13),
         *[pytest.param(e, 1, marks=pytest.mark.slow) for e in (errno.ENOSPC, errno.EIO)],

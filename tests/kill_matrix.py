@@ -108,9 +108,8 @@ def dying(at, what, how):
     def act(i, label, moment, *args):
         if i != at or (moment == "after") != (how == "after"):
             return
-        assert label == what or (label.split()[0] == what.split()[0] and what.split()[1] in SUBJECTS), (
-            label
-        )  # run folder
+        same = label == what or (label.split()[0] == what.split()[0] and what.split()[1] in SUBJECTS)  # run folder
+        assert same, f"call {i} is {label}, not {what}"
         if how == "half":
             REAL_WRITE(args[0], bytes(args[1])[: len(args[1]) // 2])
         os.kill(os.getpid(), signal.SIGKILL)

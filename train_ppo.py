@@ -86,8 +86,8 @@ def main(config: PPOConfig, run: Run) -> None:
             keep_rollout(run, step, rollout, lr, snapshot)
             metrics |= ppo_iteration(
                 roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.lengths), p,
-                kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm, impl=c.run.impl,
-                clip=engine.clip, precision=engine.precision,
+                kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm,
+                longest=c.sample.max_new_tokens, impl=c.run.impl, clip=engine.clip, precision=engine.precision,
             )  # fmt: skip
             metrics |= {"lr": lr, "objective/kl_coef": beta.coef, "episode": step * p.rollout_size}
             beta.update(metrics["objective/kl"], p.rollout_size)

@@ -198,7 +198,14 @@ class PPOSection:
     answers_per_prompt: int = key(1, "answers to each prompt of a rollout, K; rloo and grpo need 2 or more", low=1)
     gamma: float = key(1.0, "discount", low=0.0, high=1.0)
     gae_lambda: float = key(0.95, "λ of GAE", low=0.0, high=1.0)
+    policy_loss: str = key(
+        "clip",
+        "PPO's clipped ratio, or another paper's (docs/objectives.md)",
+        choices=("clip", "dual_clip", "gspo", "cispo"),
+    )
     clip_range: float = key(0.2, "ε of the policy ratio; inf: no clipping", low=0.0)
+    clip_range_high: float = key(0.0, "ε of ratios above 1 (DAPO); 0: that of clip_range", low=0.0)
+    dual_clip: float = key(3.0, "c of dual_clip, in advantages", low=1.0)
     value_clip_range: float = key(0.2, "ε_v around the rollout's values; 0: no clipping", low=0.0)
     value_coef: float = key(0.5, "weight of the value loss", low=0.0)
     entropy_coef: float = key(0.0, "weight of the entropy bonus", low=0.0)
@@ -236,8 +243,9 @@ class PPOSection:
     whiten_ddof: int = key(0, "the variance divides by n minus this", low=0, high=1)
     loss_mean: str = key(
         "step",
-        "step: sum over tokens by their count in the optimizer step; microbatch: mean of its microbatches' means",
-        choices=("step", "microbatch"),
+        "step: sum over tokens by their count in the optimizer step; microbatch: mean of its microbatches' means; "
+        "answer: mean of each answer, then over answers (GRPO); budget: sum by answers × max_new_tokens (Dr. GRPO)",
+        choices=("step", "microbatch", "answer", "budget"),
     )
     critic: str = key(
         "auto",
@@ -372,6 +380,9 @@ def _check_objective(o: PPOSection) -> None:
         raise UsageError(f"ppo.advantage {o.advantage} compares answers to one prompt; set ppo.answers_per_prompt 2")
     if siblings and o.whiten_over == "minibatch":
         raise UsageError(f"ppo.whiten_over minibatch: ppo.advantage {o.advantage} is of whole rollouts; use rollout")
+    if o.policy_loss == "gspo" and not siblings:
+        raise UsageError(f"ppo.policy_loss gspo: one ratio of a whole answer needs one advantage of it, and "
+                         f"ppo.advantage {o.advantage} has one for each token; use rloo or grpo")  # fmt: skip
     for name, value in (("critic", o.critic), ("value_init", o.value_init)):
         if o.advantage != "gae" and value != "auto":
             raise UsageError(f"ppo.{name} {value}: ppo.advantage {o.advantage} has no value model; leave it out")

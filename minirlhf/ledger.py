@@ -25,11 +25,11 @@ from minirlhf.config import PPOConfig, load_config
 from minirlhf.engine import Engine
 from minirlhf.errors import CheckpointError, NonFiniteError, UsageError, UserError
 from minirlhf.log import read_lines
-from minirlhf.loss import is_clipped, policy_loss, value_loss
+from minirlhf.loss import value_loss
 from minirlhf.ops import kl_estimate
 from minirlhf.optim import adamw, lr_factor
 from minirlhf.page import spelled
-from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers, score_moments
+from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers, score_moments, surrogate
 from minirlhf.reward import shape_rewards
 from minirlhf.rollout import Rollout, load_rollout
 from minirlhf.run import complain, prepare_torch
@@ -74,6 +74,7 @@ class Columns:
         o, part, R = self.options, self.rollout.rows(index), logprobs.shape[1]
         old, actions = part.old_logprobs, self.rollout.action_mask
         near = o.value_clip_range or None
+        loss, clipped = surrogate(logprobs, old, A, actions[index, :R], o)
         self.passes[index] += 1
         critic: list[tuple[str, Tensor, Tensor]] = []
         if values is not None:
@@ -83,9 +84,9 @@ class Columns:
             ("advantage", A, actions),
             ("return", returns, self.rollout.value_mask),
             ("ratio", (logprobs - old).exp(), actions),
-            ("clipped", is_clipped(logprobs, old, A, clip_range=o.clip_range), actions),
+            ("clipped", clipped, actions),
             ("new_kl", kl_estimate(old, logprobs, "k3"), actions),
-            ("policy_loss", policy_loss(logprobs, old, A, clip_range=o.clip_range), actions),
+            ("policy_loss", loss, actions),
         ):
             total = self.sums.setdefault(name, torch.zeros(actions.shape, dtype=torch.float64))
             total[index, :R] += torch.where(mask[index, :R], x.double(), 0.0)
@@ -122,7 +123,8 @@ def replay(config: Any, path: Path, changed: Sequence[str]) -> Replay:
     metrics = rollout_metrics(rollout) | ppo_iteration(
         roles.policy, roles.value_model, optimizer, rollout, scores,
         epoch_plans(rollout.lengths, p, c.run.seed, step), p, kl_coef=beta, temperature=c.sample.temperature,
-        max_grad_norm=o.max_grad_norm, impl=c.run.impl, clip=engine.clip, precision=engine.precision, watch=columns,
+        max_grad_norm=o.max_grad_norm, longest=c.sample.max_new_tokens, impl=c.run.impl, clip=engine.clip,
+        precision=engine.precision, watch=columns,
     )  # fmt: skip
     both = columns.means() | rollout_columns(rollout, scores, beta, p)
     return Replay(rollout, both, scores, metrics, engine.state(trained, optimizer), loaded.tokenizer)

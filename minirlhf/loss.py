@@ -69,10 +69,15 @@ def sequence_policy_loss(
     """`policy_loss` with one ratio for a whole answer, s = (π_θ(answer)/π_old(answer))^(1/|answer|) (Zheng et al. 2025,
     GSPO, arXiv 2507.18071, eq. 5 and 7), negated: where single tokens' ratios are noise, as under mixtures of experts.
     """
+    log_s = sequence_log_ratio(logprobs, old_logprobs, mask)
+    return policy_loss(log_s, torch.zeros_like(log_s), keep(_wide(advantages), mask), clip_range=clip_range)
+
+
+def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:  # (B, R) each → (B, R)
+    """log s of `sequence_policy_loss`, at every token of an answer."""
     gap = keep(_wide(logprobs), mask) - keep(_wide(old_logprobs), mask)
     log_s = gap.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
-    log_s = keep(log_s.expand_as(gap), mask)
-    return policy_loss(log_s, torch.zeros_like(log_s), keep(_wide(advantages), mask), clip_range=clip_range)
+    return keep(log_s.expand_as(gap), mask)
 
 
 def cispo_loss(

@@ -6,6 +6,7 @@ loss is a sum over real tokens divided once, by the count of the optimizer step,
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,15 @@ from minirlhf.config import PPOSection
 from minirlhf.data import cut
 from minirlhf.errors import NonFiniteError
 from minirlhf.heads import ValueModel
-from minirlhf.loss import is_clipped, policy_loss, value_loss
+from minirlhf.loss import (
+    cispo_loss,
+    dual_clip_loss,
+    is_clipped,
+    policy_loss,
+    sequence_log_ratio,
+    sequence_policy_loss,
+    value_loss,
+)
 from minirlhf.masked import keep, masked_mean, masked_sum, whiten
 from minirlhf.model import CausalLM
 from minirlhf.ops import kl_estimate
@@ -42,6 +51,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     kl_coef: float,  # β of this iteration
     temperature: float,  # τ of the sampler
     max_grad_norm: float,
+    longest: int = 0,  # tokens that an answer may have, for ppo.loss_mean budget
     impl: str = "auto",
     clip: Clip = clip_model,
     precision: Callable[[], AbstractContextManager] = nullcontext,  # of the forwards; a backward pass follows them
@@ -68,7 +78,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
         for microbatches in minibatches:
             steps.append(TokenSums())
             rows = torch.cat(microbatches)
-            n, n_fitted = (x[rows].sum() for x in (actions, fitted))  # real tokens of this optimizer step
+            mean = partial(loss_mean, kind=o.loss_mean, parts=len(microbatches), longest=longest)
             if o.whiten_over == "minibatch":
                 advantages[rows], returns[rows] = estimate(
                     rewards[rows], rollout.values[rows], actions[rows], states[rows], o
@@ -81,24 +91,22 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                     stats = policy_stats(policy, part, temperature=temperature, want=want, impl=impl)
                     values = state_values(value_model, part) if value_model else None
                 logprobs = stats["logprobs"]
-                pg = policy_loss(logprobs, old, A, clip_range=o.clip_range)  # (b, R)
+                pg, clipped = surrogate(logprobs, old, A, m, o)  # (b, R) each
                 bonus = o.entropy_coef * stats["entropy"] if o.entropy_coef else 0.0
-                if o.loss_mean == "microbatch":  # the mean of means: tokens weigh more where they are few
-                    n, n_fitted = (x.sum().clamp(min=1) * len(microbatches) for x in (m, f))
-                loss = masked_sum(pg - bonus, m) / n
+                loss = mean(pg - bonus, m, actions[rows])
                 if in_loss:
                     penalty = kl_estimate(logprobs, keep(part.ref_logprobs, m), o.kl)  # (b, R)
-                    loss = loss + in_loss * masked_sum(penalty, m) / n
+                    loss = loss + in_loss * mean(penalty, m, actions[rows])
                     steps[-1].add(m, penalty=penalty)
                 if values is not None:
                     vf = value_loss(values, part.values, returns[index, :R], clip_range=o.value_clip_range or None)
-                    loss = loss + o.value_coef * masked_sum(vf, f) / n_fitted
+                    loss = loss + o.value_coef * mean(vf, f, fitted[rows])
                     steps[-1].add(f, value=vf)
                 loss.backward()
                 ratio = (logprobs - old).exp()
                 steps[-1].add(
-                    m, policy=pg, ratio=ratio, gap=(ratio - 1).abs(), kl=kl_estimate(old, logprobs, "k3"),
-                    clipped=is_clipped(logprobs, old, A, clip_range=o.clip_range),
+                    m, policy=pg, clipped=clipped, ratio=ratio, gap=(ratio - 1).abs(),
+                    kl=kl_estimate(old, logprobs, "k3"),
                 )  # fmt: skip
                 if watch:
                     watch(index, logprobs.detach(), None if values is None else values.detach(), A, returns[index, :R])
@@ -144,6 +152,55 @@ def estimate(
         returns, _ = gae(rewards, torch.zeros_like(values), states, gamma=o.gamma, lam=1.0)
         advantages = keep(returns - masked_mean(returns, actions), actions)
     return (whiten(advantages, actions, ddof=o.whiten_ddof) if o.whiten_advantages else advantages), returns
+
+
+def surrogate(
+    logprobs: Tensor,  # (b, R)
+    old: Tensor,  # (b, R)
+    A: Tensor,  # (b, R)
+    mask: Tensor,  # (b, R) bool
+    options: PPOSection,
+) -> tuple[Tensor, Tensor]:  # (b, R), (b, R) bool
+    """The loss that `ppo.policy_loss` names, and where its clip makes a difference."""
+    o = options
+    near = {"clip_range": (o.clip_range, o.clip_range_high or o.clip_range)}
+    if o.policy_loss == "gspo":
+        log_s = sequence_log_ratio(logprobs, old, mask)
+        clipped = is_clipped(log_s, torch.zeros_like(log_s), A, **near)
+        return sequence_policy_loss(logprobs, old, A, mask, **near), clipped
+    if o.policy_loss == "cispo":  # its weight is clipped whatever the sign of the advantage
+        above, below = (is_clipped(logprobs, old, sign * torch.ones_like(A), **near) for sign in (1, -1))
+        return cispo_loss(logprobs, old, A, **near), above | below
+    clipped = is_clipped(logprobs, old, A, **near)
+    if o.policy_loss == "dual_clip":
+        beyond = (A < 0) & ((logprobs - old).exp() > o.dual_clip)
+        return dual_clip_loss(logprobs, old, A, dual_clip=o.dual_clip, **near), clipped | beyond
+    return policy_loss(logprobs, old, A, **near), clipped
+
+
+def loss_mean(
+    x: Tensor,  # (b, R) of a microbatch
+    mask: Tensor,  # (b, R) bool
+    whole: Tensor,  # (n, R) bool, of the whole optimizer step
+    *,
+    kind: str,  # ppo.loss_mean
+    parts: int,  # microbatches of the step, over all ranks
+    longest: int,  # tokens that an answer may have
+) -> Tensor:  # ()
+    """A microbatch's share of the optimizer step's mean: a sum divided by a count of the whole step.
+
+    step: by its tokens, which all weigh the same · answer: each answer's mean, by the answers, so that a token weighs
+    more in a short one (GRPO, Shao et al. 2024, arXiv 2402.03300, eq. 3) · budget: by answers × `longest`, which no
+    answer's length can change (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783, section 3.2) · microbatch: the mean of the
+    microbatches' means, where tokens weigh more in a microbatch that has few.
+    """
+    if kind == "answer":
+        x = x / mask.sum(1, keepdim=True).clamp(min=1)
+    if kind in ("answer", "budget"):
+        n = whole.any(1).sum() * (longest if kind == "budget" else 1)
+    else:
+        n = mask.sum().clamp(min=1) * parts if kind == "microbatch" else whole.sum()
+    return masked_sum(x, mask) / n
 
 
 UPDATE_METRICS = {

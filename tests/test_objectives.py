@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import shutil
 import subprocess
 import sys
@@ -119,11 +120,13 @@ def token_stats(policy, rollout, b):
     return logprobs[torch.arange(len(ids) - n - 1, len(ids) - 1), ids[-n:]]
 
 
-def step_of(roles, rollout, **changes):
+def step_of(roles, rollout, said=None, **changes):
     """The gradient that one optimizer step of the loop takes: SGD at rate 1 moves by it."""
     size = {"minibatch_size": 12, "microbatch_size": 4, "epochs": 1}
     old = weights(roles)
-    iterate(roles, rollout, lr=1.0, **size | changes)
+    metrics = iterate(roles, rollout, lr=1.0, **size | changes)
+    if said is not None:
+        said |= metrics
     return [was - now for was, now in zip(old, weights(roles), strict=True)][: len(list(roles.policy.parameters()))]
 
 
@@ -177,6 +180,59 @@ def test_a2c_is_ppo_without_a_clip_and_with_one_step():
         torch.testing.assert_close(g, want, rtol=1e-5, atol=1e-8)
 
 
+def slope_by_hand(name, rho, s, A):
+    """∂loss/∂log π of a token with ratio ρ in an answer with ratio s, ε_low 0.2, ε_high 0.3, c 1.5; and clipped?"""
+    if name == "cispo":
+        return -min(max(rho, 0.8), 1.3) * A, not 0.8 <= rho <= 1.3
+    r = s if name == "gspo" else rho
+    clipped = (A > 0 and r > 1.3) or (A < 0 and r < 0.8) or (name == "dual_clip" and A < 0 and rho > 1.5)
+    return (0.0 if clipped else -r * A), clipped
+
+
+@pytest.mark.parametrize(
+    ("loss", "mean"),
+    [("clip", "answer"), ("clip", "budget"), ("dual_clip", "step"), ("gspo", "answer"), ("cispo", "step"),
+     ("gspo", "budget")],
+)  # fmt: skip
+def test_one_step_of_each_policy_loss_under_each_mean(loss, mean):
+    """The loop against a sum over tokens: slope of each by hand, times its share by hand, times ∇log π(a_t)."""
+    roles = fp64_roles()
+    rollout = roll(roles)
+    noise = torch.randn(rollout.responses.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    old = torch.where(rollout.response_mask, rollout.old_logprobs + 0.4 * noise, 0.0)
+    old[1::2] += torch.where(rollout.response_mask, 0.3, 0.0)[1::2]  # whole answers that became less likely
+    rollout = dataclasses.replace(rollout, old_logprobs=old, ref_logprobs=old)
+    groups = rollout.scores.double().view(3, 4)
+    advantages = ((groups - groups.mean(1, keepdim=True)) * 4 / 3).flatten().tolist()
+    N, total, clips = int(rollout.lengths.sum()), 0.0, 0
+    for b, A in enumerate(advantages):
+        new, n = token_stats(roles.policy, rollout, b), int(rollout.lengths[b])
+        gaps = (new.detach() - old[b, :n]).tolist()
+        s = math.exp(math.fsum(gaps) / n)
+        share = {"step": 1 / N, "answer": 1 / (12 * n), "budget": 1 / (12 * 9)}[mean]
+        for t, gap in enumerate(gaps):
+            slope, clipped = slope_by_hand(loss, math.exp(gap), s, A)
+            total, clips = total + share * slope * new[t], clips + clipped
+    expected = torch.autograd.grad(total, list(roles.policy.parameters()))
+    how = {"advantage": "rloo", "answers_per_prompt": 4, "policy_loss": loss, "loss_mean": mean, "longest": 9,
+           "clip_range": 0.2, "clip_range_high": 0.3, "dual_clip": 1.5}  # fmt: skip
+    said = {}
+    for g, want in zip(step_of(roles, rollout, said=said, **how), expected, strict=True):
+        torch.testing.assert_close(g, want, rtol=1e-5, atol=1e-8)
+    assert 0 < clips < N
+    assert said["policy/clipfrac_avg"] == pytest.approx(clips / N)
+
+
+def test_a_group_of_rows_far_from_one_another_is_the_same_step_in_other_microbatches():
+    ends = []
+    for size in (2, 12):
+        roles = fp64_roles()
+        how = {"advantage": "grpo", "answers_per_prompt": 4, "policy_loss": "gspo", "loss_mean": "answer"}
+        ends.append(step_of(roles, roll(roles), microbatch_size=size, **how))
+    for a, b in zip(*ends, strict=True):
+        assert_close(a, b, fp64)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +248,8 @@ def test_a2c_is_ppo_without_a_clip_and_with_one_step():
         ("kl_in=loss", ["k1", "no penalty at all", "k2 or k3"]),
         ("kl_in=loss kl=abs", ["abs", "no KL"]),
         ("clip_range=nan", ["clip_range"]),
+        ("policy_loss=gspo", ["gspo", "rloo or grpo"]),
+        ("dual_clip=0.5", ["dual_clip"]),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(settings, words):

@@ -12,14 +12,14 @@ from minirlhf.errors import NonFiniteError
 from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers
 
 
-def iterate(roles, rollout, *, lr=0.0, seed=0, kl_coef=0.1, max_grad_norm=1e9, optimizer=None, **changes):
+def iterate(roles, rollout, *, lr=0.0, seed=0, kl_coef=0.1, max_grad_norm=1e9, optimizer=None, longest=0, **changes):
     """One iteration with SGD, whose steps are the gradients themselves."""
     options = dataclasses.replace(OPTIONS, **changes)
     parameters = [*roles.policy.parameters(), *roles.value_model.parameters()]
     return ppo_iteration(
         roles.policy, roles.value_model, optimizer or torch.optim.SGD(parameters, lr=lr), rollout, rollout.scores,
         epoch_plans(rollout.lengths, options, seed, 1), options,
-        kl_coef=kl_coef, temperature=0.9, max_grad_norm=max_grad_norm,
+        kl_coef=kl_coef, temperature=0.9, max_grad_norm=max_grad_norm, longest=longest,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ What goes wrong: an optimizer made before the engine holds tensors that nobody t
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class TorchSharded(Replicated):
         dist.start(device, alone=True)
         mesh = init_device_mesh(device.split(":")[0], (dist.world_size(),))
         low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in model.trunk.blocks:
+        for block in model.trunk.blocks if owns_trunk(model) else ():
             if dtype is not None:
                 fully_shard([m for m in block.modules() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=low)
             fully_shard(block, mesh=mesh)
@@ -127,10 +128,10 @@ class Engine:
 
     def __init__(self, run: Any, models: Sequence[Any]) -> None:  # run: the section `run` of a configuration
         models = [m for m in models if m is not None]
-        own = [m for m in models if "trunk" in m._modules]  # a shared critic reads the trunk of the policy
+        own = [m for m in models if owns_trunk(m)]
         self.device, self.low = run.device, run.dtype == "bf16"
         dtype = torch.bfloat16 if self.low else None
-        self.skeletons = {m: skeleton(m) for m in own} if run.engine != "none" else {}
+        self.skeletons = {m: skeleton(m) for m in models} if run.engine != "none" else {}
         self.of: dict[Any, Any] = {m: Replicated(m) for m in models}
         if run.engine == "mini":
             kept = run.checkpoint_activations
@@ -138,8 +139,8 @@ class Engine:
         else:
             for m in own:
                 m.trunk.checkpoint = run.checkpoint_activations
-                if run.engine == "torch":
-                    self.of[m] = TorchSharded(m, run.device, dtype)
+            if run.engine == "torch":
+                self.of = {m: TorchSharded(m, run.device, dtype) for m in models}
         for m in models:
             if type(self.of[m]) is Replicated:
                 m.to(run.device)
@@ -205,15 +206,15 @@ class Engine:
 
     def whole(self, model: Any) -> Any:
         """The model with all its weights, to be saved by rank 0; gathered a block at a time into its memory."""
-        if model not in self.skeletons:
-            if (policy := getattr(model, "policy", None)) is not None:
-                model = copy.copy(model)
-                model._policy = (self.whole(policy),)
+        if not self.skeletons:
             return model
         found = self._whole(model, lambda p: p)
         bare = self.skeletons[model]
         filled = {id(p): nn.Parameter(found[name], p.requires_grad) for name, p in bare.named_parameters() if found}
-        return copy.deepcopy(bare, filled)
+        double = copy.deepcopy(bare, filled)
+        if not owns_trunk(model):
+            double._policy = (self.whole(model.policy),)
+        return double
 
     def _whole(self, model: Any, pick: Pick) -> dict[str, Tensor]:
         found = {}
@@ -221,6 +222,11 @@ class Engine:
             if dist.rank() == 0:
                 found[name] = x.detach().cpu()
         return found
+
+
+def owns_trunk(model: nn.Module) -> bool:
+    """Not so a shared critic, which reads the trunk of the policy."""
+    return "trunk" in model._modules
 
 
 def trainable(p: nn.Parameter) -> Tensor | None:
@@ -233,7 +239,7 @@ def moment(optimizer: torch.optim.Optimizer, kind: str) -> Pick:
     return lambda p: optimizer.state.get(p, {}).get(kind)
 
 
-def skeleton(model: nn.Module) -> nn.Module:
+def skeleton(model: Any) -> Any:
     """A double without numbers."""
-    bare = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, bare)
+    parameters = chain(model.parameters(), () if owns_trunk(model) else model.policy.parameters())
+    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in parameters})

@@ -329,6 +329,8 @@ def prepare_torch(run: Any) -> None:
         torch.device(run.device)
     except RuntimeError as e:
         raise UsageError(f"run.device {run.device!r} is no device; use cpu, cuda or cuda:N") from e
+    if ":" in run.device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"run.device {run.device}: with several ranks use cuda; each takes the GPU of its number")
     if run.threads:
         torch.set_num_threads(run.threads)
     torch.set_float32_matmul_precision("highest")

@@ -13,7 +13,7 @@ from torch import nn
 from minirlhf import dist
 from minirlhf.config import PPOSection
 from minirlhf.engine import Engine
-from minirlhf.heads import RewardModel, ValueModel
+from minirlhf.heads import RewardModel, SharedValueModel, ValueModel
 from minirlhf.lora import LoRAConfig, adapter_view, add_adapter
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.optim import adamw
@@ -29,12 +29,14 @@ V, P = 19, 5
 
 
 def build(lora):
-    """Policy, reference, value and reward model; with LoRA the first three on one base."""
+    """Policy, reference, value and reward model; with LoRA the first three on one base; or a head on the policy."""
     rng = torch.Generator().manual_seed(5)
     config = ModelConfig("gpt2", V, 2, 2, 12, 16, d_inner=25)
     base, reward = CausalLM(config, rng=rng), RewardModel(config, rng=rng)
     for p in chain(base.parameters(), reward.parameters()):
         nn.init.normal_(p, std=0.2, generator=rng)
+    if lora == "shared":
+        return base, copy.deepcopy(base).requires_grad_(False), SharedValueModel(base), reward.requires_grad_(False)
     if not lora:
         value = ValueModel.from_reward_model(reward)
         return base, copy.deepcopy(base).requires_grad_(False), value, reward.requires_grad_(False)
@@ -89,9 +91,9 @@ def several(cases):
     return {case: ppo(case[0], getattr(torch, case[1]), lora=case[2], checkpoint=case[3]) for case in cases}
 
 
-KINDS = [(False, False), (True, False), (False, True)]  # LoRA, checkpointed activations
+KINDS = [(False, False), (True, False), ("shared", False), (False, True)]  # LoRA or critic, checkpointed activations
 CASES = [("mini", "float64", *kind) for kind in KINDS]
-CASES += [(engine, "float64", *kind) for engine in ("none", "torch") for kind in KINDS[:2]]
+CASES += [(engine, "float64", *kind) for engine in ("none", "torch") for kind in KINDS[:3]]
 
 
 @cache
@@ -116,13 +118,13 @@ def assert_close(found, expected, weights, numbers):
         assert ours == pytest.approx(theirs, rel=numbers, abs=numbers)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}{'-lora' * c[2]}{'-checkpointed' * c[3]}")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}{'-checkpointed' * c[3]}")
 @pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ppo_on_any_number_of_ranks(world, case):
     assert_close(on_world(world)[case], truth("float64", case[2]), 1e-12, 1e-9)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, True, "shared"])
 @pytest.mark.parametrize("low", ["fp32", "bf16"])
 def test_one_sharded_rank_is_no_engine_bit_for_bit(lora, low):
     expected = ppo("none", torch.float32, lora=lora, low=low)

@@ -18,7 +18,7 @@ from test_scripts import ENV, ROOT, script
 from minirlhf.checkpoint import load_newest
 
 # eps is above the rounding of gradients that are 0 in exact numbers (key biases, the reward model's last bias): Adam
-# would turn their last bits into whole steps. 10 rows in forwards of 2: ranks with 4, 3 and 3 rows, forwards of 1 and 2.
+# would turn their last bits into whole steps. 10 rows in forwards of 2: ranks with 4, 3, 3 rows, forwards of 1 and 2.
 COMMON = ["--optim.eps", "1e-5", "--optim.warmup_steps", "2", "--run.log_every", "1"]
 TINY = {
     "sft": [*COMMON, "--run.steps", "10", "--data.size", "300", "--sft.minibatch_size", "10", "--sft.microbatch_size",

@@ -37,7 +37,7 @@ def shape_rewards(
     B, R = mask.shape
     assert scores.shape == (B,), (scores.shape, mask.shape)
     logprobs, ref_logprobs = keep(logprobs, mask), keep(ref_logprobs, mask)  # before exp
-    penalty = keep(-kl_coef * kl_estimate(logprobs, ref_logprobs, kl), mask)  # (B, R)
+    penalty = -kl_coef * kl_estimate(logprobs, ref_logprobs, kl)  # (B, R) 0 where both are
     column = torch.arange(R, device=mask.device) == score_column(mask, score_at)[:, None]
     return penalty + keep(scores[:, None].expand(B, R), column & mask.any(1, keepdim=True))
 

@@ -5,8 +5,8 @@
     python tests/mutation.py loss --line 52         mutants of one line, each printed
 
 A mutant is a module with one change of its syntax tree (`mutants`). It is run in a fork of a process that has imported
-torch and pytest already, through an import hook, with the tests named in TESTS: no file is written. A mutant is killed
-if a test fails, the import fails, or nothing has come back after LIMIT times what the untouched module takes.
+the tests named in TESTS already and gives their functions the changed code (`install`): no file is written. A mutant is
+killed if a test fails, the module fails, or nothing has come back after LIMIT times what the untouched module takes.
 Survivors that change no behaviour are listed with the reason in mutation_equivalent.json; the others are gaps.
 """
 
@@ -14,14 +14,14 @@ import argparse
 import ast
 import contextlib
 import copy
-import importlib.abc
-import importlib.util
+import importlib
 import io
 import json
 import os
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -257,37 +257,43 @@ def applied(tree, index, apply):
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
-class Replaced(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
-    """Imports one module from a text."""
+def install(module, text):
+    """Give the imported module the functions of `text`: the very objects that everybody has imported get other code."""
+    old = importlib.import_module(f"minirlhf.{module}").__dict__
+    new = types.ModuleType(f"minirlhf.{module}").__dict__
+    exec(compile(text, f"<mutant of {module}>", "exec"), new)
+    for name, x in new.items():
+        was = old.get(name)
+        if isinstance(x, type) and isinstance(was, type) and x is not was:
+            for method, f in vars(x).items():
+                transplant(vars(was).get(method), f)
+        elif not transplant(was, x) and not name.startswith("__") and not isinstance(x, type):
+            old[name] = x
 
-    def __init__(self, name, text):
-        self.name, self.text = name, text
 
-    def find_spec(self, name, path, target=None):
-        return importlib.util.spec_from_loader(name, self) if name == self.name else None
+def transplant(was, x):
+    """Function to function; → whether they are functions."""
+    was, x = (getattr(f, "__func__", f) for f in (was, x))  # staticmethod, classmethod
+    while hasattr(x, "__wrapped__") and hasattr(was, "__wrapped__"):
+        was, x = was.__wrapped__, x.__wrapped__
+    if not (isinstance(was, types.FunctionType) and isinstance(x, types.FunctionType)):
+        return False
+    was.__code__, was.__defaults__, was.__kwdefaults__ = x.__code__, x.__defaults__, x.__kwdefaults__
+    return True
 
-    def get_filename(self, name):
-        return f"<mutant of {name}>"
 
-    def get_data(self, path):
-        return self.text.encode()
+def pytest_main(module, *options):
+    import pytest
 
-    def path_stats(self, path):
-        raise OSError  # no cached bytecode
+    chosen = ["-q", "--no-header", "-p", "no:cacheprovider", "-k", "not one_percent and not names_its_source"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return int(pytest.main([*chosen, *options, *(str(HERE / f) for f in TESTS[module])]))
 
 
 def run_tests(module, text):
     """In this process, which is a fork: 0 if every test passes."""
-    import pytest
-
-    sys.dont_write_bytecode = True
-    os.environ["EXAMPLES"] = "8"  # of each property
-    sys.meta_path.insert(0, Replaced(f"minirlhf.{module}", text))
-    os.chdir(HERE.parent)
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-k", "not one_percent and not names_its_source"]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        files = [str(HERE / f) for f in TESTS[module] if (HERE / f).exists()]
-        return int(pytest.main([*options, *files]))
+    install(module, text)
+    return pytest_main(module, "-x")
 
 
 def start(module, text):
@@ -317,13 +323,14 @@ def finish(pid, began, seconds):
 
 
 def run_all(module, jobs, found):
-    """[(line, what, text)] → their outcomes."""
+    """[(line, what, text)] → (line, what, outcome), as they end."""
+    assert pytest_main(module, "--collect-only") == 0, module  # imports everything, before the forks
     pid, began = start(module, (PACKAGE / f"{module}.py").read_text())
     _, status = os.waitpid(pid, 0)
     seconds = time.monotonic() - began
     assert status == 0, f"{module}: the tests fail without any change"
     print(f"{module}: {len(found)} mutants, {seconds:.1f} s for the untouched module", flush=True)
-    outcomes, waiting, running = [None] * len(found), list(range(len(found))), {}
+    waiting, running = list(range(len(found))), {}
     while waiting or running:
         while waiting and len(running) < jobs:
             i = waiting.pop(0)
@@ -331,27 +338,25 @@ def run_all(module, jobs, found):
         for i in list(running):
             outcome = finish(*running[i], max(30, LIMIT * seconds))
             if outcome != "running":
-                outcomes[i] = outcome
                 del running[i]
+                yield *found[i][:2], outcome
         time.sleep(0.02)
-    return outcomes
 
 
-def report(module, source, found, outcomes, show):
-    """Score, survivors; → (mutants, killed, survivors that are not known to be equivalent)."""
-    lines = source.splitlines()
+def report(module, source, ended, show):
+    """Print survivors and the score; → (mutants, killed, survivors known to be equivalent, other survivors)."""
+    lines, n, times, killed, equivalent = source.splitlines(), 0, 0, 0, 0
     known = {(e["module"], e["line"], e["change"]) for e in json.loads(EQUIVALENT.read_text())}
-    killed, equivalent, gaps = 0, 0, 0
-    for (line, what, _), outcome in zip(found, outcomes, strict=True):
+    for line, what, outcome in ended:
         text = lines[line - 1].strip()
-        killed += outcome != "survived"
         same = outcome == "survived" and (module, text, what) in known
-        equivalent += same
-        gaps += outcome == "survived" and not same
+        n, times, killed, equivalent = (
+            n + 1, times + (outcome == "timeout"), killed + (outcome != "survived"), equivalent + same,
+        )  # fmt: skip
         if show or (outcome == "survived" and not same):
-            print(f"  {outcome:9}{module}.py:{line}: {what}\n            {text}")
-    n = len(found)
-    print(f"{module}: {killed} of {n} killed ({100 * killed / max(n, 1):.1f} %), {outcomes.count('timeout')} by time; "
+            print(f"  {outcome:9}{module}.py:{line}: {what}\n            {text}", flush=True)
+    gaps = n - killed - equivalent
+    print(f"{module}: {killed} of {n} killed ({100 * killed / max(n, 1):.1f} %), {times} by time; "
           f"{equivalent} survivors change nothing, {gaps} are gaps", flush=True)  # fmt: skip
     return n, killed, equivalent, gaps
 
@@ -364,9 +369,10 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    import hypothesis  # noqa: F401  (before the forks: each has them for nothing)
-    import numpy as np  # noqa: F401
-    import pytest  # noqa: F401
+    os.environ["EXAMPLES"] = "8"  # of each property
+    os.chdir(HERE.parent)
+    sys.path.insert(0, str(HERE.parent))
+    sys.dont_write_bytecode = True
     import torch
 
     torch.set_num_threads(1)
@@ -377,7 +383,7 @@ def main():
         if args.list:
             print(f"{module}: {len(found)} mutants")
             continue
-        totals.append(report(module, source, found, run_all(module, args.jobs, found), show=bool(args.line)))
+        totals.append(report(module, source, run_all(module, args.jobs, found), show=bool(args.line)))
     if totals:
         n, killed, equivalent, gaps = map(sum, zip(*totals, strict=True))
         print(f"all: {killed} of {n} killed ({100 * killed / n:.1f} %), {equivalent} equivalent, {gaps} gaps")

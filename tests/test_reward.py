@@ -50,6 +50,15 @@ def test_one_score_per_row():
         shape_rewards(torch.ones(3, 1), torch.zeros(3, 3), torch.zeros(3, 3), MASK, kl_coef=0.1)
 
 
+def test_everything_stays_on_the_device_of_the_mask():
+    """As far as a machine without an accelerator can tell: tensors of the device `meta` do not mix with others."""
+    x, mask = torch.zeros(3, 3, device="meta"), MASK.to("meta")
+    for score_at in ("last", "next", "column"):
+        assert score_column(mask, score_at).device.type == "meta"
+        rewards = shape_rewards(x[:, 0], x, x, mask, kl_coef=0.1, score_at=score_at)
+        assert (rewards.device.type, rewards.shape) == ("meta", (3, 3))
+
+
 # ---- controllers ----------------------------------------------------------------------------------------------------
 
 
@@ -84,6 +93,7 @@ def test_beta_stays_positive():
     small = AdaptiveKL(0.2, target=0.5, horizon=0.5)
     small.update(torch.tensor(0.5), 1)
     assert small.coef == 0.2
+    assert type(small.coef) is float
 
 
 # ---- reward functions -----------------------------------------------------------------------------------------------
@@ -118,14 +128,16 @@ def test_a_module_that_cannot_be_imported(module):
     assert sys.path == path
 
 
-def test_the_current_folder_comes_first(module, tmp_path):
-    """Before the standard library, which has an `antigravity`."""
-    (tmp_path / "antigravity.py").write_text("def f(prompts, responses):\n    return [7] * len(responses)\n")
-    assert "antigravity" not in sys.modules
-    try:
-        assert load_reward_fn("antigravity:f")(["p"], ["r"]) == [7.0]
-    finally:
-        sys.modules.pop("antigravity", None)
+def test_the_current_folder_comes_first(module, tmp_path, monkeypatch):
+    name = module("def f(prompts, responses):\n    return [7] * len(responses)")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / f"{name}.py").write_text("def f(prompts, responses):\n    return [8] * len(responses)")
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    assert load_reward_fn(f"{name}:f")(["p"], ["r"]) == [7.0]
+
+
+def test_a_person_may_be_asked():
+    assert load_reward_fn("human").__name__ == "checked"
 
 
 @pytest.mark.parametrize("name", ["", "module", "module:", ":function"])

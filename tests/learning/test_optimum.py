@@ -143,9 +143,9 @@ def test_ppo_reaches_the_optimum_of_every_table(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"gae_lambda": 0.95}, {"whiten_advantages": False}, {"score_at": "next"}])
+@pytest.mark.parametrize("changes", [{"gae_lambda": 0.95}, {"whiten_advantages": False}])
 def test_settings_that_keep_the_fixed_point(changes):
-    """λ, whitening and the column of the score change the way there, not the end."""
+    """λ and whitening change the way there, not the end."""
     assert distance(2, **changes)[1] <= CLOSE
 
 
@@ -228,7 +228,7 @@ def by_group(kind, K):
 def test_group_advantages_of_score_less_penalty_have_the_same_optimum(monkeypatch, kind, K, seed):
     """docs/optima.md, sections 2 and 3: where all totals are equal, and nowhere else, every advantage is 0."""
     monkeypatch.setattr(ppo, "estimate", by_group(kind, K))
-    assert distance(seed, value_coef=0.0)[1] <= CLOSE
+    assert distance(seed, steps=300, value_coef=0.0)[1] <= CLOSE
 
 
 PREFIXES = sorted({y[:t] for y in ANSWERS for t in range(len(y))})  # the 7 states

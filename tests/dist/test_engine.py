@@ -119,7 +119,7 @@ def assert_close(found, expected, weights, numbers):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}{'-checkpointed' * c[3]}")
-@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, *(pytest.param(w, marks=pytest.mark.slow) for w in (3, 4))])
 def test_ppo_on_any_number_of_ranks(world, case):
     assert_close(on_world(world)[case], truth("float64", case[2]), 1e-12, 1e-9)
 

@@ -142,7 +142,7 @@ def on_world(world):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_agree_with_one_process(case, world):
     for dtype, tolerance in zip(DTYPES, (1e-12, 1e-5), strict=True):
         expected, norms = plain(case, dtype)

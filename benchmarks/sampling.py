@@ -1,7 +1,7 @@
-"""Sampling against transformers.generate: the same weights, prompts and distribution, 64 new tokens for 16 prompts of 32.
+"""Sampling against transformers.generate: same weights, prompts and distribution, 64 new tokens for 16 prompts of 32.
 
-    python benchmarks/sampling.py                      4 layers of 256, vocabulary 4096: GPT-2, BLOOM and LLaMA kinds
-    python benchmarks/sampling.py --shape gpt2-small   12 layers of 768, vocabulary 50257, fp32 and bf16
+python benchmarks/sampling.py                      4 layers of 256, vocabulary 4096: GPT-2, BLOOM and LLaMA kinds
+python benchmarks/sampling.py --shape gpt2-small   12 layers of 768, vocabulary 50257, fp32 and bf16
 """
 
 import argparse
@@ -25,7 +25,9 @@ GOALS = {("small", torch.float32): 3.0, ("gpt2-small", torch.float32): 1.6, ("gp
 
 def contenders(shape: str, kind: str, dtype: torch.dtype, batch: int, prompt: int, new: int):
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(CausalLM(ModelConfig(family=kind, **SHAPES[shape]), rng=torch.Generator().manual_seed(0)), folder)
+        save_pretrained(
+            CausalLM(ModelConfig(family=kind, **SHAPES[shape]), rng=torch.Generator().manual_seed(0)), folder
+        )
         mine = load_causal_lm(folder, dtype=dtype).requires_grad_(False)
         model = mine if isinstance(mine, CausalLM) else mine.model
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -34,7 +36,13 @@ def contenders(shape: str, kind: str, dtype: torch.dtype, batch: int, prompt: in
 
     def ours():
         made = generate(
-            model, ids, mask, max_new_tokens=new, eos_token_id=None, pad_token_id=0, rng=torch.Generator().manual_seed(2)
+            model,
+            ids,
+            mask,
+            max_new_tokens=new,
+            eos_token_id=None,
+            pad_token_id=0,
+            rng=torch.Generator().manual_seed(2),
         )
         assert made.tokens.shape == (batch, new)
 

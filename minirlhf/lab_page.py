@@ -150,13 +150,18 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     )
 
 
-def compare(rows: dict[str, Sequence[RunFiles]], columns: dict[str, Value], label: str) -> str:
-    """A row per job, a column per number."""
+def compare(rows: Mapping[str, Sequence[RunFiles]], columns: Mapping[str, Value], label: str) -> str:
+    """A row per job, in the colour of its curves, a column per number."""
     cells = [
-        [shown(words), *(spread([value(run) for run in runs]) for value in columns.values())]
-        for words, runs in rows.items()
+        [named(words, color), *(spread([value(run) for run in runs]) for value in columns.values())]
+        for color, (words, runs) in enumerate(rows.items())
     ]
     return table(["", *map(shown, columns)], cells, label=label, numeric=range(1, len(columns) + 1))
+
+
+def named(words: str, color: int) -> str:
+    """Words behind a mark in the colour of their curves."""
+    return f'<span style="color: {svg.COLORS[color]}">■</span> {shown(words)}'
 
 
 def courses(name: str, rows: dict[str, Sequence[RunFiles]], metrics: dict[str, str], title: str) -> str:
@@ -166,13 +171,11 @@ def courses(name: str, rows: dict[str, Sequence[RunFiles]], metrics: dict[str, s
     panels: list[svg.Panel] = []
     for metric, ylabel in metrics.items():
         curves = []
-        for color, (words, runs) in enumerate(rows.items()):
-            for i, run in enumerate(runs):
-                points = [(step, y) for step, y in enumerate(series(run, metric), 1)]
-                curves.append(svg.Curve(words if i == 0 and not panels else "", points, color))
+        for color, runs in enumerate(rows.values()):
+            curves += [svg.Curve("", list(enumerate(series(run, metric), 1)), color) for run in runs]
         panels.append(svg.Panel(ylabel, curves))
     drawn = svg.draw(name, panels, xlabel="iteration", label=f"{', '.join(metrics)} over iterations")
-    return figure(drawn, title, f"{', '.join(metrics)}; a line per seed")
+    return f'<div class="grid wide">{figure(drawn, title, ", ".join(metrics) + "; a line per seed")}</div>'
 
 
 def over_distance(name: str, rows: dict[str, Sequence[RunFiles]], best: Mapping[str, Sequence[Any]]) -> tuple[str, str]:
@@ -184,7 +187,7 @@ def over_distance(name: str, rows: dict[str, Sequence[RunFiles]], best: Mapping[
         golds = np.mean([smooth(series(run, GOLD)) for run in runs], 0)
         first = fmean(run.evaluation["before"]["gold"] for run in runs)
         d = np.sqrt(kls)
-        proxy.append(svg.Curve(words, list(zip(d, scores, strict=True)), color))
+        proxy.append(svg.Curve("", list(zip(d, scores, strict=True)), color))
         gold.append(svg.Curve("", list(zip(d, golds, strict=True)), color))
         law = fit(list(zip(d, golds, strict=True)), first)
         if law:
@@ -197,7 +200,7 @@ def over_distance(name: str, rows: dict[str, Sequence[RunFiles]], best: Mapping[
         bon = np.mean(best[words], 0)  # (7, 3)
         proxy.append(svg.Curve("", [(x, y) for x, y, _ in bon], color, ":"))
         gold.append(svg.Curve("", [(x, y) for x, _, y in bon], color, ":"))
-        laws.append([shown(words), *map(number, law or (None, None)), *map(number, bon_fit(bon[:, [0, 2]]))])
+        laws.append([named(words, color), *map(number, law or (None, None)), *map(number, bon_fit(bon[:, [0, 2]]))])
     fits = table(["", "PPO: α", "β", "best of n: α", "β"], laws, label="fits of Gao et al. 2022", numeric=range(1, 5))
     if not svg.available():
         return "", fits
@@ -209,7 +212,8 @@ def over_distance(name: str, rows: dict[str, Sequence[RunFiles]], best: Mapping[
         "Proxy in deviations of the SFT model's scores; means over seeds. Joined: PPO without a KL penalty. Dashed: "
         "R = d (α − β ln d), fitted. Dotted: best of n, n = 1 to 64."
     )
-    return figure(drawn, "Proxy and gold over the distance from the SFT model", words), fits
+    whole = figure(drawn, "Proxy and gold over the distance from the SFT model", words)
+    return f'<div class="grid wide">{whole}</div>', fits
 
 
 def in_deviations(run: RunFiles) -> list[float]:
@@ -255,18 +259,15 @@ OUTCOME: dict[str, Value] = {
 COURSE = {GOLD: "gold", LENGTH: "tokens", KL: "KL, nats"}
 
 
+def share_of_good(run: RunFiles) -> float:
+    """Gold as a share of what the good reward model's policy of the same seed reached."""
+    return end("gold")(run) / end("gold")(read_run(run.folder.parent / "ppo-good"))
+
+
 def show_weak(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
     """Lengths, gold, and how much of the good reward model's gold each cure reaches."""
     good, weak, hard = (rows[WEAK_JOBS[job]] for job in ("ppo-good", "ppo-weak", "ppo-weak-hard"))
-    reached = {
-        words: [end("gold")(run) / end("gold")(other) for run, other in zip(runs, good, strict=True)]
-        for words, runs in rows.items()
-    }
-    columns = OUTCOME | {"half as long from iteration": halved}
-    shares = table(
-        ["", "share of the good reward model's gold"], [[shown(words), spread(x)] for words, x in reached.items()],
-        label="share of gold", numeric=[1],
-    )  # fmt: skip
+    columns = OUTCOME | {"of the good one's gold": share_of_good, "half as long from iteration": halved}
     steps = [halved(run) for run in weak]
     share = fmean(map(end("gold"), hard)) / fmean(map(end("gold"), good))
     claims = [
@@ -274,8 +275,10 @@ def show_weak(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
               f"from iteration {', '.join(number(x) for x in steps)}", all(x <= 30 for x in steps)),
         Claim("hard negatives bring back 70 % of the good reward model's gold", f"{share:.0%}", share >= 0.7),
     ]  # fmt: skip
-    return [compare(rows, columns, "the weak reward model and its cures"), shares,
-            courses("weak", rows, COURSE, "Gold, length and KL")], claims  # fmt: skip
+    return [
+        compare(rows, columns, "the weak reward model and its cures"),
+        courses("weak", rows, COURSE, "Gold, length and KL"),
+    ], claims
 
 
 def show_overopt(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
@@ -323,7 +326,7 @@ WEAK_JOBS = {
     "ppo-good": "good reward model",
     "ppo-weak": "weak reward model",
     "ppo-weak-eos": "no EOS as first token",
-    "ppo-weak-kl": "KL penalty 0.3",
+    "ppo-weak-kl": "KL penalty 0.5",
     "ppo-weak-three": "lowest of three models",
     "ppo-weak-hard": "hard negatives",
 }
@@ -334,8 +337,9 @@ SCENARIOS: dict[str, Scenario] = {
         "A reward model that likes short answers",
         "The labeler takes a little off for every word, and never sees very short answers: what the reward model says "
         "of those is a guess. It guesses that they are the best of all, and PPO finds that out within a few "
-        "iterations. To forbid the empty answer does not help, since a word is as good; a larger KL "
-        "penalty slows the policy down; what helps is to show the reward model the answers it has never seen.",
+        "iterations. Each cure alone: no EOS as the first token; five times the KL penalty, which holds the policy "
+        "where it was; three reward models, of which the lowest counts; hard negatives, the answers that the reward "
+        "model has never seen.",
         WEAK_JOBS,
         show_weak,
     ),

@@ -28,6 +28,7 @@ from minirlhf.memory import dry_run
 from minirlhf.optim import adamw, lr_factor, set_lr
 from minirlhf.ppo import epoch_plans, ppo_iteration, require_finite, rollout_metrics, score_answers, score_moments
 from minirlhf.probe import TextScore, write_probe
+from minirlhf.ptx import Corpus
 from minirlhf.reward import AdaptiveKL, FixedKL
 from minirlhf.rng import generator
 from minirlhf.rollout import Partition, Roles, Rollout, collect, save_rollout
@@ -46,6 +47,7 @@ def main(config: PPOConfig, run: Run) -> None:
     engine = Engine(c.run, [roles.policy, roles.ref_policy, roles.value_model, roles.reward_model])
     roles = roles._replace(gathered=engine.gathered)
     texts, prompts = stage.ppo_prompts(c, run, loaded)
+    corpus = Corpus(c, run, loaded, engine)
     gold, sampling, limits = stage.gold_reward(c), stage.sampling(c, loaded), Limits(p.kl_target, stage.score_limit(c))
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
                    device=c.run.device)  # fmt: skip
@@ -88,8 +90,10 @@ def main(config: PPOConfig, run: Run) -> None:
                 roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.lengths), p,
                 kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm,
                 longest=c.sample.max_new_tokens, impl=c.run.impl, clip=engine.clip, precision=engine.precision,
+                ptx=corpus.beside(step),
             )  # fmt: skip
-            metrics |= {"lr": lr, "objective/kl_coef": beta.coef, "episode": step * p.rollout_size}
+            metrics |= corpus.perplexity(step) | {"lr": lr, "objective/kl_coef": beta.coef,
+                                                  "episode": step * p.rollout_size}  # fmt: skip
             beta.update(metrics["objective/kl"], p.rollout_size)
             done = time.perf_counter()
             metrics |= {"time/rollout_s": collected - began, "time/update_s": done - collected,

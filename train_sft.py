@@ -24,6 +24,7 @@ from minirlhf.loss import imitation_loss
 from minirlhf.masked import masked_sum
 from minirlhf.memory import dry_run
 from minirlhf.pretrained import load_causal_lm
+from minirlhf.ptx import perplexity
 from minirlhf.rollout import IGNORE, target_stats
 from minirlhf.run import Run, run_script
 
@@ -56,7 +57,11 @@ def main(config: SFTConfig, run: Run) -> None:
             yield masked_sum(loss, targets != IGNORE) / n, int(batch.attention_mask.sum())
 
     def validate() -> dict[str, float]:
-        return {"val/loss": sft_loss(model, validation, c.sft.microbatch_size, c.run.device)} if validation else {}
+        if not validation:
+            return {}
+        loss = sft_loss(model, validation, c.sft.microbatch_size, c.run.device)
+        base = {} if c.data.path else {"base/perplexity": perplexity(loss)}  # the texts that PPO shall not forget
+        return {"val/loss": loss, **base}
 
     fit(run, engine, model, losses, validate, eval_every=c.sft.eval_every, words=("loss", "val/loss", "tokens_per_s"))
     whole = engine.whole(model)

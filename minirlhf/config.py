@@ -209,6 +209,10 @@ class PPOSection:
     value_clip_range: float = key(0.2, "ε_v around the rollout's values; 0: no clipping", low=0.0)
     value_coef: float = key(0.5, "weight of the value loss", low=0.0)
     entropy_coef: float = key(0.0, "weight of the entropy bonus", low=0.0)
+    ptx_coef: float = key(0.0, "γ, weight of the loss on texts that shall not be forgotten (PPO-ptx); 0: off", low=0.0)
+    ptx_path: str = key(
+        "", "file of those texts, its last tenth held out for base/perplexity; empty: the built-in task's corpus"
+    )
     kl_coef: float = key(0.08, "β, nats to reward", low=0.0)
     kl_in: str = key(
         "reward", "where the penalty stands; loss: of every token, as GRPO has it", choices=("reward", "loss")
@@ -370,6 +374,10 @@ class PPOConfig:
             raise UsageError("model.path is empty: PPO starts from a trained policy; give its folder")
         if self.ppo.critic == "shared" and self.ppo.value_init.startswith("reward"):
             raise UsageError(f"ppo.value_init {self.ppo.value_init}: a shared critic stands on the policy's trunk")
+        if self.ppo.ptx_coef and not self.ppo.ptx_path and (self.data.path or self.ppo.prompts):
+            raise UsageError(
+                f"ppo.ptx_coef {self.ppo.ptx_coef}: your own prompts need your own texts; give ppo.ptx_path"
+            )
         _check_objective(self.ppo)
 
 
@@ -416,6 +424,17 @@ def _check_common(config: Any) -> None:
 
 def load_config(cls: type[Config], argv: Sequence[str]) -> Config:
     """`[CONFIG.toml|json] [--section.key value ...]` → a checked config; every mistake is a UsageError."""
+    try:
+        return _resolved(cls, argv)
+    except UsageError as e:
+        if not argv or argv[0].startswith("--") or argv[0] in str(e):
+            raise
+        place = argv[0] if len(argv) == 1 else f"{argv[0]} or the command line"
+        raise UsageError(f"{place}: {e}") from e
+
+
+def _resolved(cls: type[Config], argv: Sequence[str]) -> Config:
+    """The defaults, then the preset, the file, the flags."""
     flags = list(argv)
     file = _flatten(_read_file(Path(flags.pop(0)))) if flags and not flags[0].startswith("--") else {}
     given = [file, _parse_flags(flags)]

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from minirlhf.ops import kl_estimate
 from minirlhf.optim import adamw, lr_factor
 from minirlhf.page import spelled
 from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers, score_moments, surrogate
+from minirlhf.ptx import Corpus
 from minirlhf.reward import shape_rewards
 from minirlhf.rollout import Rollout, load_rollout
 from minirlhf.run import complain, prepare_torch
@@ -120,11 +122,12 @@ def replay(config: Any, path: Path, changed: Sequence[str]) -> Replay:
     beta = p.kl_coef if "ppo.kl_coef" in changed else state["kl_coef"]
     scores = score_answers(rollout.scores, rollout.has_eos, p, state["shift"], state["scale"])
     columns = Columns(rollout, p)
+    corpus = Corpus(c, SimpleNamespace(dropped=[], say=lambda words: None), loaded, engine)
     metrics = rollout_metrics(rollout) | ppo_iteration(
         roles.policy, roles.value_model, optimizer, rollout, scores,
         epoch_plans(rollout.lengths, p, c.run.seed, step), p, kl_coef=beta, temperature=c.sample.temperature,
         max_grad_norm=o.max_grad_norm, longest=c.sample.max_new_tokens, impl=c.run.impl, clip=engine.clip,
-        precision=engine.precision, watch=columns,
+        precision=engine.precision, ptx=corpus.beside(step), watch=columns,
     )  # fmt: skip
     both = columns.means() | rollout_columns(rollout, scores, beta, p)
     return Replay(rollout, both, scores, metrics, engine.state(trained, optimizer), loaded.tokenizer)

@@ -4,7 +4,7 @@ Read `ppo_iteration` from top to bottom: rewards, advantages, epochs × minibatc
 loss is a sum over real tokens divided once, by the count of the optimizer step, so that microbatches change nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -38,6 +38,15 @@ Plan = list[list[Tensor]]  # one epoch: minibatches, each cut into microbatches 
 Clip = Callable[[nn.Module, float], Tensor]  # model, largest norm → norm before
 Watch = Callable[..., None]  # rows (b,); log-probs, values (None: no critic), advantages, returns (b, R) each
 
+# Optimizer step of the iteration, from 0 → of each microbatch of texts of this rank: nats (b, T), labels (b, T) bool,
+# and labels of the whole step.
+Texts = Callable[[int], Iterable[tuple[Tensor, Tensor, int]]]
+
+
+def no_texts(step: int) -> Iterable[tuple[Tensor, Tensor, int]]:
+    """PPO without ptx."""
+    return ()
+
 
 def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing else)
     policy: CausalLM,
@@ -55,6 +64,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     impl: str = "auto",
     clip: Clip = clip_model,
     precision: Callable[[], AbstractContextManager] = nullcontext,  # of the forwards; a backward pass follows them
+    ptx: Texts = no_texts,
     watch: Watch | None = None,  # the ledger's eye on every microbatch
 ) -> dict[str, float]:
     """Improve policy and value model on one rollout; returns the metrics of the iteration."""
@@ -110,6 +120,9 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 )  # fmt: skip
                 if watch:
                     watch(index, logprobs.detach(), None if values is None else values.detach(), A, returns[index, :R])
+            for nats, labels, n in ptx(len(steps) - 1):
+                (o.ptx_coef * masked_sum(nats, labels) / n).backward()
+                steps[-1].add(labels, ptx=nats)
             models = (policy, value_model) if value_model else (policy,)
             optimizer_step(optimizer, models, max_grad_norm, clip, steps[-1])
         if o.stop_kl and mean_of(steps[-len(minibatches) :], "kl") > o.stop_kl:
@@ -207,6 +220,7 @@ UPDATE_METRICS = {
     "loss/policy_avg": "policy",
     "loss/value_avg": "value",
     "loss/kl_avg": "penalty",
+    "ptx/loss": "ptx",
     "policy/approxkl_avg": "kl",
     "policy/clipfrac_avg": "clipped",
     "val/ratio": "ratio",

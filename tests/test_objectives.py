@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import json
 import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +16,16 @@ from test_rollout import OPTIONS, roles_of, roll
 from test_scripts import ENV, TINY, digests, metrics, script
 from tolerance import assert_close, exact, fp64
 
+from minirlhf import stage
 from minirlhf.config import PPOConfig, load_config
+from minirlhf.engine import Engine
 from minirlhf.errors import UsageError
+from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.ppo import epoch_plans, estimate, ppo_iteration
+from minirlhf.ptx import Corpus, perplexity
 from minirlhf.rollout import load_rollout
+from minirlhf.templates import get_template
+from minirlhf.tokenizer import Tokenizer
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True, True, True]])
 SCORES = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
@@ -233,6 +241,65 @@ def test_a_group_of_rows_far_from_one_another_is_the_same_step_in_other_microbat
         assert_close(a, b, fp64)
 
 
+# ---- PPO-ptx --------------------------------------------------------------------------------------------------------
+
+
+def test_ptx_adds_its_gradient_once_per_optimizer_step():
+    """-γ mean log π over the labels of a minibatch of texts, whatever the microbatches: math.md's 27.8 · 1.5 = 41.7."""
+    roles = fp64_roles()
+    rollout = roll(roles)
+    texts = [torch.tensor([[3, 4, 5, 6]]), torch.tensor([[7, 8]])]
+    nats = lambda ids: -roles.policy(ids)[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]]  # noqa: E731
+
+    def shares(k):
+        assert k == 0
+        for ids in texts:
+            yield nats(ids)[None], torch.ones(1, ids.shape[1] - 1, dtype=torch.bool), 4
+
+    L = sum(nats(ids).sum() for ids in texts) / 4
+    expected = torch.autograd.grad(27.8 * L, list(roles.policy.parameters()))
+    said: dict[str, float] = {}
+    alone = step_of(copy.deepcopy(roles), rollout)
+    both = step_of(roles, rollout, said=said, ptx=shares, ptx_coef=27.8)
+    assert said["ptx/loss"] == pytest.approx(float(L.detach()), rel=1e-9)
+    for g, without, want in zip(both, alone, expected, strict=True):
+        torch.testing.assert_close(g - without, want, rtol=1e-8, atol=1e-10)
+
+
+def test_every_optimizer_step_has_texts_of_its_own(tmp_path):
+    """Two iterations of four steps take the stream's minibatches 0 to 7, all different, and none of the held-out."""
+    lines = [json.dumps({"text": f"{chr(97 + i % 26)} {i}"}) for i in range(100)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    config = load_config(PPOConfig, [
+        "--ppo.ptx_path", str(tmp_path / "texts.jsonl"), "--ppo.ptx_coef", "1", "--ppo.rollout_size", "8",
+        "--ppo.minibatch_size", "4", "--ppo.microbatch_size", "2", "--ppo.epochs", "2",
+    ])  # fmt: skip
+    tokenizer = Tokenizer.train_chars(["abcdefghijklmnopqrstuvwxyz 0123456789"])
+    sizes = ModelConfig(family="gpt2", vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, d_model=16, max_seq_len=16)
+    policy = CausalLM(sizes)
+    loaded = stage.Loaded(policy, tokenizer, get_template("plain"), {})
+    corpus = Corpus(config, SimpleNamespace(dropped=[], say=print), loaded, Engine(config.run, [policy]))
+    assert (len(corpus.train), len(corpus.held_out)) == (90, 10)
+    seen = [corpus.beside(iteration)(k) for iteration in (1, 2) for k in range(4)]
+    found = [[(float(x.detach().sum()), n) for x, _, n in step] for step in seen]
+    assert all(len(step) == 2 for step in found)
+    assert len({x for step in found for x, _ in step}) == 16
+    held_out = [[*e.ids] for e in corpus.held_out]
+    assert not [e for e in corpus.train if e.ids in held_out]
+    total = count = 0.0
+    for ids in held_out:
+        logits = policy(torch.tensor([ids]))[0, :-1].log_softmax(-1).detach()
+        total, count = total - float(logits[range(len(ids) - 1), ids[1:]].sum()), count + len(ids) - 1
+    assert corpus.perplexity(1)["base/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert corpus.perplexity(3) == {}
+
+
+def test_perplexity_beyond_all_numbers():
+    assert perplexity(0.0) == 1.0
+    assert perplexity(math.log(7)) == pytest.approx(7)
+    assert perplexity(1e4) == math.inf
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +316,7 @@ def test_a_group_of_rows_far_from_one_another_is_the_same_step_in_other_microbat
         ("kl_in=loss kl=abs", ["abs", "no KL"]),
         ("clip_range=nan", ["clip_range"]),
         ("policy_loss=gspo", ["gspo", "rloo or grpo"]),
+        ("ptx_coef=1 prompts=a,b", ["ptx_path"]),
         ("dual_clip=0.5", ["dual_clip"]),
     ],
 )
@@ -310,3 +378,22 @@ def replay(run, step, folder):
     """The ledger does the update again: exit code 0 where every number and tensor is equal."""
     command = [sys.executable, "-m", "minirlhf.ledger", str(run), "--step", str(step), "--replay"]
     subprocess.run(command, cwd=folder, env=ENV, check=True, timeout=120)
+
+
+def test_ptx_goes_through_the_script_and_nothing_changes_where_it_is_off(folder):
+    argv = [*GROUPS, "--ppo.save_rollouts", "1"]
+    whole, cut = run_and_resume(folder, "ptx", *argv, "--ppo.ptx_coef", "27.8", "--data.size", "300")
+    assert digests(whole / "final") == digests(cut / "final")
+    assert metrics(whole) == metrics(cut)
+    assert all("ptx/loss" in line and "base/perplexity" in line for line in metrics(whole))
+    replay(whole, 3, folder)
+
+    (folder / "texts.txt").write_text("the food was good\n" * 30)
+    script("ppo", *argv, "--run.steps", "4", "--run.dir", "off", "--ppo.ptx_path", "texts.txt", cwd=folder)
+    script("ppo", *argv, "--run.steps", "4", "--run.dir", "none", cwd=folder)
+    assert digests(folder / "off/final") == digests(folder / "none/final") != digests(whole / "final")
+    same = [{k: v for k, v in line.items() if k != "base/perplexity"} for line in metrics(folder / "off")]
+    assert same == [{k: v for k, v in line.items() if k != "base/perplexity"} for line in metrics(folder / "none")]
+    assert not [line for line in metrics(folder / "off") if "ptx/loss" in line]
+    assert metrics(whole)[-1]["base/perplexity"] < metrics(folder / "none")[-1]["base/perplexity"]
+    assert "base/perplexity" in metrics(folder / "runs/sft")[-1]

@@ -9,10 +9,22 @@ from test_rollout import OPTIONS, roles_of, roll
 from tolerance import assert_close, exact, fp32, fp64
 
 from minirlhf.errors import NonFiniteError
-from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers
+from minirlhf.ppo import epoch_plans, no_texts, ppo_iteration, rollout_metrics, score_answers
 
 
-def iterate(roles, rollout, *, lr=0.0, seed=0, kl_coef=0.1, max_grad_norm=1e9, optimizer=None, longest=0, **changes):
+def iterate(
+    roles,
+    rollout,
+    *,
+    lr=0.0,
+    seed=0,
+    kl_coef=0.1,
+    max_grad_norm=1e9,
+    optimizer=None,
+    longest=0,
+    ptx=no_texts,
+    **changes,
+):
     """One iteration with SGD, whose steps are the gradients themselves."""
     options = dataclasses.replace(OPTIONS, **changes)
     parameters = [*roles.policy.parameters(), *roles.value_model.parameters()]
@@ -20,6 +32,7 @@ def iterate(roles, rollout, *, lr=0.0, seed=0, kl_coef=0.1, max_grad_norm=1e9, o
         roles.policy, roles.value_model, optimizer or torch.optim.SGD(parameters, lr=lr), rollout, rollout.scores,
         epoch_plans(rollout.lengths, options, seed, 1), options,
         kl_coef=kl_coef, temperature=0.9, max_grad_norm=max_grad_norm, longest=longest,
+        ptx=ptx,
     )  # fmt: skip
 
 

@@ -1,0 +1,81 @@
+"""Text that the policy shall not forget: PPO-ptx (Ouyang et al. 2022, arXiv 2203.02155, eq. 2), and base perplexity.
+
+L = L_ppo + γ L_ptx with L_ptx = -mean log π over the labels of a minibatch of texts, one minibatch beside each
+optimizer step. Of a plain text every token is a label, of a prompt with its answer the answer's, as in SFT.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirlhf import review_world, stage
+from minirlhf.data import Example, collate, encode_sft, microbatches, step_rows
+from minirlhf.engine import Engine
+from minirlhf.evaluate import sft_loss, sft_targets
+from minirlhf.ppo import Texts, no_texts
+from minirlhf.rollout import IGNORE, target_stats
+
+HELD_OUT = 512  # texts, at most, that base perplexity is of; of a file its last tenth
+
+
+class Corpus:
+    """The texts of `ppo.ptx_path`, or those of the built-in task; none where there are only the user's prompts."""
+
+    def __init__(self, config: Any, run: Any, loaded: stage.Loaded, engine: Engine) -> None:
+        self.config, self.policy, self.engine = config, loaded.model, engine
+        train, held_out = texts(config, run)
+        room = config.data.max_length or loaded.model.config.max_seq_len
+        encode = lambda records: encode_sft(records, loaded.tokenizer, loaded.template, room)[0] if records else []  # noqa: E731
+        self.train: list[Example] = encode(train)
+        self.held_out: list[Example] = encode(held_out)
+
+    def beside(self, iteration: int) -> Texts:
+        """The texts of an iteration's optimizer steps, as many to each as it has answers; none where γ = 0."""
+        o, run = self.config.ppo, self.config.run
+        if not o.ptx_coef:
+            return no_texts
+        first = (iteration - 1) * o.epochs * (o.rollout_size // o.minibatch_size)
+
+        def losses(k: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+            rows = step_rows(len(self.train), o.minibatch_size, first + k, seed=run.seed)
+            n = sum(sum(self.train[r].trained[1:]) for r in rows)  # labels of this optimizer step
+            for part in microbatches(rows, o.microbatch_size, lambda r: len(self.train[r].ids)):
+                batch = collate([self.train[r] for r in part], 0, run.device)
+                targets = sft_targets(batch.input_ids, batch.trained)  # (b, T - 1)
+                with self.engine.precision():
+                    stats = target_stats(self.policy, batch.input_ids, batch.attention_mask, targets, impl=run.impl)
+                yield -stats["logprobs"], targets != IGNORE, n
+
+        return losses
+
+    def perplexity(self, step: int) -> dict[str, float]:
+        """`base/perplexity`, e to the nats per label of the held-out texts, ten times in a run, first and last."""
+        run, steps = self.config.run, self.config.run.steps
+        if not self.held_out or not (step in (1, steps) or step % max(1, steps // 10) == 0):
+            return {}
+        with self.engine.gathered(self.policy):
+            nats = sft_loss(self.policy, self.held_out, self.config.ppo.microbatch_size, run.device)
+        return {"base/perplexity": perplexity(nats)}
+
+
+def perplexity(nats: float) -> float:
+    """e to the nats per token; infinite where that is beyond all numbers."""
+    return float(torch.tensor(nats, dtype=torch.float64).exp())
+
+
+def texts(config: Any, run: Any) -> tuple[list[Any], list[Any]]:
+    """Records to train on, which only γ > 0 needs, and held-out ones."""
+    c, o = config, config.ppo
+    if not o.ptx_path:
+        if c.data.path or o.prompts:
+            return [], []
+        n = c.data.size if o.ptx_coef else 0
+        made = [review_world.corpus(size, seed=c.run.seed, language=c.data.language, purpose=purpose)
+                for size, purpose in ((n, "corpus"), (HELD_OUT, "corpus/val"))]  # fmt: skip
+        return made[0], made[1]
+    source = replace(c, data=replace(c.data, path=o.ptx_path, format="auto", holdout=0))
+    records = stage.texts_of(stage.read(source, run))
+    return stage.split(records, min(HELD_OUT, len(records) // 10))

@@ -170,3 +170,19 @@ def test_what_two_ranks_have_saved_goes_on_elsewhere(kind, other, lora):
     state, metrics = truth("float64", lora)
     for world, engine in ((1, other if other != "torch" else "none"), (3, other)):
         assert_close(on_ranks(world, gone_on, engine, lora, tensors)[0], (state, metrics[1:]), 1e-12, 1e-9)
+
+
+def norms(kind):
+    """One rank's gradient is NaN in one number."""
+    policy, *_ = build(False)
+    engine = Engine(SimpleNamespace(engine=kind, device="cpu", dtype="fp32", checkpoint_activations=False), [policy])
+    ids = torch.randint(2, V, (2, 6), generator=generator(0, "ids", row=dist.rank()))
+    weight = torch.ones(2, 6)
+    weight[0, 0] = float("nan") if dist.rank() == 1 else 1.0
+    (policy(ids)[..., 3] * weight).sum().backward()
+    return float(engine.clip(policy, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["none", "mini", "torch"])
+def test_every_rank_sees_the_nan_of_one(kind):
+    assert all(x != x for x in on_ranks(2, norms, kind))

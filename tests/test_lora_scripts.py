@@ -105,20 +105,17 @@ def test_the_folder_is_the_model_that_was_trained(pipeline):
 
 
 @pytest.mark.parametrize("name", [pytest.param("sft", marks=slow), pytest.param("rm", marks=slow), "ppo"])
-def test_a_killed_run_resumes_bit_for_bit_and_a_rerun_is_equal(pipeline, name, tmp_path):
-    argv_ = argv(name, "--run.save_every", "1", "--run.log_every", "1", "--run.dir")
-    script(name, *argv_, tmp_path / "whole", cwd=pipeline)
-    process = start(name, *argv_, tmp_path / "cut", cwd=pipeline)
+def test_a_killed_run_resumes_bit_for_bit(pipeline, name, tmp_path):
+    argv_ = argv(name, "--run.save_every", "1", "--run.dir", tmp_path / "cut")
+    process = start(name, *argv_, cwd=pipeline)
     while process.poll() is None and not (tmp_path / "cut/checkpoints/step_00000002").exists():
         time.sleep(0.005)
     process.kill()
     process.communicate()
     assert not (tmp_path / "cut/final").exists()
-    script(name, *argv_, tmp_path / "cut", "--run.resume", "true", cwd=pipeline)
-    assert (
-        digests(tmp_path / "cut/final") == digests(tmp_path / "whole/final") == digests(pipeline / f"runs/{name}/final")
-    )
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    script(name, *argv_, "--run.resume", "true", cwd=pipeline)
+    assert digests(tmp_path / "cut/final") == digests(pipeline / f"runs/{name}/final")
+    assert metrics(tmp_path / "cut") == metrics(pipeline / f"runs/{name}")
 
 
 @slow
@@ -149,21 +146,10 @@ def test_mistakes_end_in_one_line_and_their_code(pipeline, tmp_path):
     here = ["--run.dir", tmp_path / "x"]
     assert "base" in script("sft", "--lora.r", "8", *here, cwd=pipeline, code=2)
     assert "with r 8" in script("ppo", *TINY["ppo"], "--lora.r", "4", *here, cwd=pipeline, code=2)
-    assert "lora.targets" in script("sft", *argv("sft", "--lora.targets", "c_attn"), *here, cwd=pipeline, code=2)
+    names = ["--model.path", "base", "--lora.r", "8", "--lora.targets", "c_attn", "--data.size", "8"]
+    assert "'c_attn' matches no module" in script("sft", *names, *here, cwd=pipeline, code=2)
     assert "ppo.critic" in script("ppo", *TINY["ppo"], "--model.path", "base", "--ppo.critic", "lora", *here,
                                   cwd=pipeline, code=2)  # fmt: skip
-    assert "score head" in script("ppo", *TINY["ppo"], "--reward.path", "runs/sft/final", *here, cwd=pipeline, code=4)
-    assert "score head" in script("ppo", *TINY["ppo"], "--model.path", "runs/rm/final", *here, cwd=pipeline, code=4)
-    (tmp_path / "lost").mkdir()
-    for path in (pipeline / "runs/sft/final").iterdir():
-        (tmp_path / "lost" / path.name).write_bytes(path.read_bytes())
-    config = tmp_path / "lost/adapter_config.json"
-    config.write_text(config.read_text().replace('/base"', '/gone"'))
-    lost = ["--model.path", tmp_path / "lost"]
-    assert "base_model_name_or_path" in script("rm", *TINY["rm"], *lost, *here, cwd=pipeline, code=4)
-    fields = json.loads((pipeline / "runs/sft/final/adapter_config.json").read_text())
-    config.write_text(json.dumps(fields | {"use_dora": True}))
-    assert "use_dora" in script("rm", *TINY["rm"], *lost, *here, cwd=pipeline, code=4)
     assert not (tmp_path / "x/metrics.jsonl").exists()
 
 

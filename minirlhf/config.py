@@ -430,7 +430,7 @@ def load_config(cls: type[Config], argv: Sequence[str]) -> Config:
         if not argv or argv[0].startswith("--") or argv[0] in str(e):
             raise
         place = argv[0] if len(argv) == 1 else f"{argv[0]} or the command line"
-        raise UsageError(f"{place}: {e}") from e
+        raise UsageError(f"{place}: {str(e)[:400]}") from e  # a value from a file may be long
 
 
 def _resolved(cls: type[Config], argv: Sequence[str]) -> Config:

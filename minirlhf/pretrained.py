@@ -156,7 +156,7 @@ def _files(folder: Path) -> list[TensorFile]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: has no weight_map")
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not SHARD.fullmatch(file_name):
+        if not isinstance(file_name, str) or not SHARD.fullmatch(file_name) or len(file_name) > 255:
             raise CheckpointError(f"{index}: {shown(name)} is not mapped to a plain *.safetensors name of this folder")
     names = sorted(set(weight_map.values()))
     if WEIGHTS not in names and os.path.lexists(single):

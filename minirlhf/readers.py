@@ -269,7 +269,7 @@ def summarize(row: Row, notes: Notes) -> Iterator[Record]:
 
 def lm_human_preferences(row: Row, notes: Notes) -> Iterator[Record]:
     """The best of four samples; published files hold token ids, which only GPT-2's tokenizer can read."""
-    if any(isinstance(row[key], list) for key in ("query", "sample0")):
+    if any(isinstance(row.get(key), list) for key in ("query", "sample0")):
         raise Bad("wrong_type", "query", "GPT-2 token ids; decode them into text first")
     samples, best = [_text(row, f"sample{i}") for i in range(4)], _get(row, "best")
     if type(best) is not int or not 0 <= best < 4:
@@ -324,7 +324,7 @@ def prompt_response(row: Row, notes: Notes) -> Iterator[Record]:
 
 def completion(row: Row, notes: Notes) -> Iterator[Record]:
     """A prompt and its completion, as texts or as messages."""
-    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         yield _conversation(_objects(row, "prompt") + _objects(row, "completion"), "role", "content", notes)
     else:
         yield SFT(_prompt(row, "prompt"), _text(row, "completion"))

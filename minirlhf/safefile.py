@@ -59,6 +59,7 @@ def parse_json(data: bytes, path: Path, what: str = "file") -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=constant)
+        json.dumps(value, ensure_ascii=False).encode()  # no lone surrogate
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as e:

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from minirlhf.errors import CheckpointError, DataError
-from minirlhf.safefile import open_file, read_json
+from minirlhf.safefile import open_file, read_json, shown
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 SPECIAL = (PAD, EOS, UNK)  # ids 0, 1, 2 of every tokenizer made here
@@ -201,7 +201,7 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
         ids = full.get_vocab(with_added_tokens=True).values()
         added = [(token["content"], token["id"]) for token in json.loads(text)["added_tokens"]]
     except Exception as e:
-        raise CheckpointError(f"{path}: is no usable tokenizer.json ({str(e)[:200]})") from e
+        raise CheckpointError(f"{path}: is no usable tokenizer.json ({shown(str(e))})") from e
     if not ids or max(ids) > 2 * len(ids) + 1024:
         raise CheckpointError(f"{path}: {len(ids)} tokens with ids up to {max(ids, default=0)}")
     for spelling, token_id in added:  # the library numbers them anew where they do not fit

@@ -68,7 +68,7 @@ def raised_by(history, folder):
     """The alarms under the limits of today, not of the day of the run."""
     reward = Path(json.loads((folder / "config.json").read_text())["reward"]["path"])
     meta = json.loads((reward / "minirlhf.json").read_text())
-    limits = Limits(score_max=meta.get("score_max", float("inf")))
+    limits = Limits(score_max=meta["score_max"] + meta["score_std"])
     heads = [history[:n] for n in range(1, len(history) + 1)]
     return [{"step": head[-1]["step"], "alarm": words} for head in heads for words in alarms(head, limits)]
 

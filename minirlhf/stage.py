@@ -169,9 +169,10 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
 
 
 def score_limit(config: Any) -> float:
-    """The highest score of the reward model's validation; infinite where it is not known."""
-    limit = None if config.reward.fn else read_meta(Path(config.reward.path or DEFAULT_REWARD)).get("score_max")
-    return limit if isinstance(limit, float) else math.inf
+    """The highest score of the reward model's validation and one deviation more; infinite where it is not known."""
+    meta = {} if config.reward.fn else read_meta(Path(config.reward.path or DEFAULT_REWARD))
+    highest, deviation = meta.get("score_max"), meta.get("score_std")
+    return highest + deviation if isinstance(highest, float) and isinstance(deviation, float) else math.inf
 
 
 def function_score(function: TextScore, tokenizer: Tokenizer) -> Callable[[Rollout], torch.Tensor]:
@@ -184,7 +185,11 @@ def function_score(function: TextScore, tokenizer: Tokenizer) -> Callable[[Rollo
 
 
 def sampling(config: Any, loaded: Loaded) -> dict[str, Any]:
-    """The arguments of `generate`."""
+    """The arguments of `generate`: what the settings say, and nothing else is excluded.
+
+    A token that is never drawn costs PPO nothing: it moves probability there, which lowers the log-probs of all that is
+    drawn, and the KL penalty takes that for closeness to the reference. top_k, top_p and begin_suppress_eos do the same.
+    """
     s, tokenizer = config.sample, loaded.tokenizer
     eos = loaded.template.stop_token_id(tokenizer)
     return {
@@ -196,12 +201,11 @@ def sampling(config: Any, loaded: Loaded) -> dict[str, Any]:
         "top_p": s.top_p,
         "min_new_tokens": s.min_new_tokens,
         "begin_suppress_tokens": (eos,) if s.begin_suppress_eos else (),
-        "suppress_tokens": never_drawn(loaded),
     }
 
 
 def never_drawn(loaded: Loaded) -> tuple[int, ...]:
-    """<pad> and <unk>, unless they end an answer, and rows of the embedding that no token has."""
+    """For people who read answers: <pad> and <unk>, unless they end one, and embedding rows that no token has."""
     tokenizer = loaded.tokenizer
     spare = range(tokenizer.vocab_size, loaded.model.config.vocab_size)
     ids = {i for i in (tokenizer.pad_id, tokenizer.unk_id, *spare) if i is not None}

@@ -43,7 +43,7 @@ CASES = [
     ("length", 3, {"response_length_mean": 3.9}, {"response_length_mean": 6.5}),
     ("length", 3, {"response_length_mean": 21.0}, {"response_length_mean": 19.0}),
     ("empty answers", 3, {"response_empty_frac": 0.07}, {"response_empty_frac": 0.055}),
-    ("short answers", 3, {"response_short_frac": 0.11}, {"response_short_frac": 0.099}),
+    ("length", 3, {"response_short_frac": 0.085}, {"response_short_frac": 0.079}),
     ("unfinished answers", 3, {"response_eos_frac": 0.75}, {"response_eos_frac": 0.85}),
     ("sameness", 3, {"response_distinct_frac": 0.4}, {"response_distinct_frac": 0.5}),
     ("repetition", 3, {"response_repeat_frac": 0.25}, {"response_repeat_frac": 0.19}),

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> str:
     prompts = read_prompts(args.prompts, args.language)
     longest = answer_length(loaded, args.max_new_tokens, args.folder)
     how = SampleSection(longest, args.temperature, args.top_k, args.top_p)
-    sampling = stage.sampling(SimpleNamespace(sample=how), loaded)
+    sampling = stage.sampling(SimpleNamespace(sample=how), loaded) | {"suppress_tokens": stage.never_drawn(loaded)}
     counts = {"tasks": 0, "with fewer answers": 0, "prompts left out": 0}
     try:
         for prompt, answers in zip(

@@ -165,16 +165,16 @@ def score_padding(b: Bench) -> Check:
 
 
 def eos(b: Bench) -> Check:
-    """The label that ends an answer, in the batches of SFT; and what the sampler may draw."""
-    c, loaded = b.config, b.loaded
-    stop, banned = loaded.template.stop_token_id(loaded.tokenizer), stage.sampling(c, loaded)["suppress_tokens"]
+    """The label that ends an answer, in the batches of SFT."""
+    loaded = b.loaded
+    stop = loaded.template.stop_token_id(loaded.tokenizer)
     answers = b.rollout.texts(loaded.tokenizer)[1]
     records = [stage.Text(prompt, answer) for prompt, answer in zip(b.texts, answers, strict=True)]
     examples, _ = encode_sft(records, loaded.tokenizer, loaded.template, sys.maxsize)
     batch = collate(examples, 0)
     labels = sft_targets(batch.input_ids, batch.trained)  # (B, T - 1)
     last = labels[torch.arange(len(labels)), batch.attention_mask.sum(1) - 2]  # (B,) label of the last real token
-    missing = len(labels) if stop in banned else int((last != stop).sum())
+    missing = int((last != stop).sum())
     ended = float(b.rollout.has_eos.double().mean())
     return Check("EOS learnable under the template", missing, 0, f"SFT rows without it as label; it ended {ended:.0%}")
 

@@ -187,7 +187,7 @@ def function_score(function: TextScore, tokenizer: Tokenizer) -> Callable[[Rollo
 def sampling(config: Any, loaded: Loaded) -> dict[str, Any]:
     """The arguments of `generate`: what the settings say, and nothing else is excluded.
 
-    A token that is never drawn costs PPO nothing: it moves probability there, which lowers the log-probs of all that is
+    drawn; the KL penalty takes that for closeness to the reference. top_k, top_p, begin_suppress_eos do the same.
     drawn, and the KL penalty takes that for closeness to the reference. top_k, top_p and begin_suppress_eos do the same.
     """
     s, tokenizer = config.sample, loaded.tokenizer

@@ -22,6 +22,8 @@ def child(function, rank, world, folder, queue, args):
             store = td.FileStore(str(Path(folder) / "store"), world)
             td.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
         result = function(*args)
+        if world > 1:
+            td.barrier()  # lest one leaves while another still connects
         queue.put((rank, result, None))
     except BaseException:  # noqa: BLE001  (the parent shows it)
         queue.put((rank, None, traceback.format_exc()))

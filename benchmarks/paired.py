@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from minirlhf.products import product
+
 Work = Callable[[], object]
 
 
@@ -87,6 +89,10 @@ def ceilings(dtypes: tuple[torch.dtype, ...] = (torch.float32,), n: int = 2048) 
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         rates[dtype] = 2 * n**3 / min(seconds(lambda a=a, b=b: a @ b) for _ in range(7))
         print(f"products {str(dtype)[6:]:9} {rates[dtype] / 1e9:9.0f} GFLOP/s")
+    if device == "cpu":
+        a, b = torch.randn(n, n), torch.randn(n, n)
+        rate = 2 * n**3 / min(seconds(lambda: product(a, b)) for _ in range(7))
+        print(f"products float32 by oneDNN {rate / 1e9:.0f} GFLOP/s")
     x = torch.zeros(2**26, device=device)
     y = torch.empty_like(x)
     print(f"copy (read + write) {2 * 4 * len(x) / min(seconds(lambda: y.copy_(x)) for _ in range(7)) / 1e9:9.1f} GB/s")

@@ -8,12 +8,16 @@ from tolerance import assert_close, exact, fp32, fp64
 
 from minirlhf.loss import (
     centering_penalty,
+    cispo_loss,
     direct_score_loss,
     dpo_loss,
+    dual_clip_loss,
     is_clipped,
     pairwise_loss,
     policy_loss,
     ranking_loss,
+    sequence_log_ratio,
+    sequence_policy_loss,
     value_loss,
 )
 
@@ -22,6 +26,10 @@ RANKS = torch.tensor([[1, 2, 0, 2], [3, 1, 1, 4]])
 
 def numbers(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def f64(x):
+    return torch.tensor(x, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -157,6 +165,37 @@ def test_softmax_of_far_scores_stays_finite():
 def test_margin_per_pair():
     chosen, rejected, margin = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0])
     assert_close(pairwise_loss(chosen, rejected, margin=margin), [math.log1p(math.exp(-1)), math.log(2)], fp32)
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token():
+    """Below -3|Â| the surrogate goes no further, and has no slope; where Â ≥ 0 nothing changes."""
+    new = f64([[math.log(5.0), math.log(2.0), math.log(5.0), math.log(5.0)]]).requires_grad_()
+    old, A = torch.zeros(1, 4).double(), f64([[-1.0, -1.0, 1.0, 0.0]])
+    loss = dual_clip_loss(new, old, A, clip_range=0.2)
+    loss.sum().backward()
+    assert_close(loss, [[3.0, 2.0, -1.2, 0.0]], fp64)
+    assert_close(new.grad, [[0.0, 2.0, 0.0, 0.0]], fp64)
+    assert_close(dual_clip_loss(new, old, A, clip_range=0.2, dual_clip=4.0)[0, 0], 4.0, fp64)
+
+
+def test_one_ratio_of_a_whole_answer():
+    """The mean log-ratio over real tokens, at each of them; an answer of one token has its own, an empty one none."""
+    gap = f64([[0.3, -0.1, 9.0], [0.5, 9.0, 9.0], [9.0, 9.0, 9.0]]).requires_grad_()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    log_s = sequence_log_ratio(gap, torch.zeros(3, 3).double(), mask)
+    assert_close(log_s, [[0.1, 0.1, 0], [0.5, 0, 0], [0, 0, 0]], fp64)
+    loss = sequence_policy_loss(gap, torch.zeros(3, 3).double(), torch.full((3, 3), 2.0).double(), mask, clip_range=0.2)
+    assert_close(loss, [[-2 * math.exp(0.1)] * 2 + [0], [-2.4, 0, 0], [0, 0, 0]], fp64)
+    loss.sum().backward()
+    assert_close(gap.grad, [[-2 * math.exp(0.1)] * 2 + [0], [0, 0, 0], [0, 0, 0]], fp64)
+
+
+def test_the_weight_of_cispo_is_clipped_and_has_no_gradient():
+    new = f64([[math.log(2.0), math.log(0.5), 0.0]]).requires_grad_()
+    loss = cispo_loss(new, torch.zeros(1, 3).double(), f64([[3.0, -1.0, 2.0]]), clip_range=(0.2, 0.4))
+    loss.sum().backward()
+    assert_close(loss, [[-1.4 * 3 * math.log(2), -0.8 * math.log(2), 0.0]], fp64)
+    assert_close(new.grad, [[-4.2, 0.8, -2.0]], fp64)
 
 
 def test_value_loss_without_clipping_ignores_old_values():

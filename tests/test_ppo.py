@@ -151,17 +151,41 @@ def test_each_model_is_clipped_by_itself():
         assert_close(torch.cat([m.flatten() for m in part]).norm(), 0.5, {"rtol": 1e-4, "atol": 0.0})
 
 
-@pytest.mark.parametrize("where", ["old_logprobs", "values", "scores"])
+@pytest.mark.parametrize("where", ["old_logprobs", "ref_logprobs", "values", "scores"])
 def test_a_number_that_is_none_stops_before_the_weights_change(where):
+    """And is named, with its place: the first in the order in which one follows from the other."""
     roles, _ = roles_of("gpt2")
     rollout = roll(roles)
     broken = getattr(rollout, where).clone()
-    broken[0] = float("nan")
+    broken[2] = float("nan")
     old = weights(roles)
-    with pytest.raises(NonFiniteError):
+    place = "answer 2: nan" if where == "scores" else "answer 2, token 0: nan"
+    with pytest.raises(NonFiniteError, match=f"^{where.replace('_', ' ')} of {place}$"):
         iterate(roles, dataclasses.replace(rollout, **{where: broken}), lr=0.1)
     for a, b in zip(old, weights(roles), strict=True):
         assert_close(a, b, exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "scores", "values", "ref"),
+    [
+        ("rewards", {"kl_coef": 1e38}, 0.0, 0.0, -1e38),
+        ("advantages", {"whiten_advantages": False}, 3e38, -3e38, 0.0),
+    ],
+)
+def test_what_overflows_on_the_way_is_named(name, changes, scores, values, ref):
+    roles, _ = roles_of("gpt2")
+    rollout = roll(roles)
+    mask = rollout.response_mask
+    huge = {"scores": rollout.scores * 0 + scores, "values": mask * values, "ref_logprobs": mask * ref}
+    with pytest.raises(NonFiniteError, match=f"^{name} of answer 0"):
+        iterate(roles, dataclasses.replace(rollout, **huge), **changes)
+
+
+def test_a_rollout_read_for_another_column_is_refused():
+    roles, _ = roles_of("gpt2")
+    with pytest.raises(AssertionError, match="'last', 'next'"):
+        iterate(roles, roll(roles), score_at="next")
 
 
 def test_plans_visit_every_episode_once_per_epoch():

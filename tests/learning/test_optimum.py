@@ -39,6 +39,7 @@ OPTIONS = PPOSection(
     rollout_size=512, minibatch_size=256, microbatch_size=256, epochs=2, gae_lambda=1.0, value_clip_range=0.0,
     value_coef=1.0, score_norm="none",
 )  # fmt: skip
+GROUPS = {"answers_per_prompt": 8, "steps": 300}
 TABLES = range(10)
 
 
@@ -85,8 +86,9 @@ def train(seed, *, steps=200, lr=3e-3, kl_coef=BETA, **changes):
         answers = torch.nn.functional.pad(rollout.responses, (0, R - rollout.responses.shape[1]), value=EOS)
         return table[[CODE[tuple(row)] for row in answers.tolist()]]
 
-    roles = Roles(policy, reference, ValueModel.from_trunk(policy.trunk).eval(), score)
-    named = [*policy.named_parameters("policy"), *roles.value_model.named_parameters("value_model")]
+    value_model = ValueModel.from_trunk(policy.trunk).eval() if options.advantage == "gae" else None
+    roles = Roles(policy, reference, value_model, score)
+    named = [*policy.named_parameters("policy"), *(value_model.named_parameters("value_model") if value_model else ())]
     optimizer = adamw(named, lr=lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     prompts = PROMPT.repeat(options.rollout_size, 1)
     for step in range(1, steps + 1):
@@ -98,7 +100,7 @@ def train(seed, *, steps=200, lr=3e-3, kl_coef=BETA, **changes):
         )  # fmt: skip
         set_lr(optimizer, lr * lr_factor(step, kind="linear", warmup=5, total=steps))
         ppo_iteration(
-            policy, roles.value_model, optimizer, rollout, rollout.scores, plan(rollout.lengths), options,
+            policy, value_model, optimizer, rollout, rollout.scores, plan(rollout.lengths), options,
             kl_coef=kl_coef, temperature=1.0, max_grad_norm=100.0,
         )  # fmt: skip
     return reference, policy
@@ -152,18 +154,17 @@ def test_settings_that_keep_the_fixed_point(changes):
 # ---- wrong variants: the same loop, one thing broken ----------------------------------------------------------------
 
 
-def loss_with_kl(kind, *, by_ratio=False):
-    """Replacements for `policy_stats` and `policy_loss`: β·KL per token as a loss, instead of in the reward."""
+def ratio_times_k3():
+    """Replacements for `policy_stats` and `policy_loss`: β ρ k3 per token as a loss."""
     seen = {}
 
     def stats(model, part, **how):
         seen["ref"] = part.ref_logprobs
         return policy_stats(model, part, **how)
 
-    def loss(logprobs, old, A, *, clip_range):
-        weight = torch.exp(logprobs - old) if by_ratio else 1.0
-        penalty = weight * kl_estimate(logprobs, seen["ref"], kind)
-        return policy_loss(logprobs, old, A, clip_range=clip_range) + BETA * penalty
+    def loss(logprobs, old, A, **how):
+        penalty = torch.exp(logprobs - old) * kl_estimate(logprobs, seen["ref"], "k3")
+        return policy_loss(logprobs, old, A, **how) + BETA * penalty
 
     return {"policy_stats": stats, "policy_loss": loss}
 
@@ -173,18 +174,18 @@ def last_token_only(scores, logprobs, ref_logprobs, mask, **how):
     return shape_rewards(scores, keep(logprobs, last), keep(ref_logprobs, last), mask, **how)
 
 
-def shifted(logprobs, old, A, *, clip_range):
-    return policy_loss(logprobs, old, A.roll(1, 1), clip_range=clip_range)
+def shifted(logprobs, old, A, **how):
+    return policy_loss(logprobs, old, A.roll(1, 1), **how)
 
 
-AS_LOSS = {"kl_coef": 0.0, "whiten_advantages": False}
+IN_LOSS = {"kl_in": "loss", "whiten_advantages": False}
 WRONG = {
     "k2 in the reward": ({"kl": "k2"}, {}),
     "k3 in the reward": ({"kl": "k3"}, {}),
-    "k2 as a loss per token": (AS_LOSS, loss_with_kl("k2")),
-    "k3 as a loss per token": (AS_LOSS, loss_with_kl("k3")),
-    "ratio times k3 as a loss per token": (AS_LOSS, loss_with_kl("k3", by_ratio=True)),
-    "k1 as a loss: no penalty at all": (AS_LOSS, loss_with_kl("k1")),
+    "k2 as a loss per token": (IN_LOSS | {"kl": "k2"}, {}),
+    "k3 as a loss per token": (IN_LOSS | {"kl": "k3"}, {}),
+    "ratio times k3 as a loss per token": ({"kl_coef": 0.0, "whiten_advantages": False}, ratio_times_k3()),
+    "k1 as a loss: no penalty at all": (IN_LOSS | {"kl": "k1"}, {}),
     "sign of the KL flipped": ({"kl_coef": -BETA}, {}),
     "KL of the last token only": ({}, {"shape_rewards": last_token_only}),
     "advantages one token late": ({}, {"policy_loss": shifted}),
@@ -211,24 +212,12 @@ def test_wrong_variants_miss_it(monkeypatch, name):
 # ---- group baselines ------------------------------------------------------------------------------------------------
 
 
-def by_group(kind, K):
-    """A replacement for `estimate`: every token has its answer's advantage over K - 1 siblings."""
-
-    def estimate(rewards, values, actions, states, options):
-        totals = rewards.sum(1).view(-1, K)  # score - β Σ k1
-        A = group_advantages(totals, kind=kind).flatten()  # (B,)
-        return keep(A[:, None].expand_as(rewards), actions), values
-
-    return estimate
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", TABLES)
-@pytest.mark.parametrize(("kind", "K"), [("rloo", 4), ("grpo", 4)])
-def test_group_advantages_of_score_less_penalty_have_the_same_optimum(monkeypatch, kind, K, seed):
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_group_advantages_of_score_less_penalty_have_the_same_optimum(advantage, seed):
     """docs/optima.md, sections 2 and 3: where all totals are equal, and nowhere else, every advantage is 0."""
-    monkeypatch.setattr(ppo, "estimate", by_group(kind, K))
-    assert distance(seed, steps=300, value_coef=0.0)[1] <= CLOSE
+    assert distance(seed, **GROUPS, advantage=advantage)[1] <= CLOSE
 
 
 PREFIXES = sorted({y[:t] for y in ANSWERS for t in range(len(y))})  # the 7 states
@@ -288,12 +277,9 @@ def test_grpo_as_published_has_another_optimum():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", TABLES)
-def test_grpo_as_published_reaches_its_own_optimum(monkeypatch, seed):
+def test_grpo_as_published_reaches_its_own_optimum(seed):
     """Scores alone in the group, β k3 per token as a loss (Shao et al. 2024, eq. 3, 4): section 4 of docs/optima.md."""
-    monkeypatch.setattr(ppo, "estimate", by_group("grpo", 4))
-    for function, replacement in loss_with_kl("k3").items():
-        monkeypatch.setattr(ppo, function, replacement)
-    reference, policy = train(seed, kl_coef=0.0, value_coef=0.0)
+    reference, policy = train(seed, advantage="grpo", answers_per_prompt=4, steps=300, kl_in="loss", kl="k3")
     target, missed = grpo_fixed_point(reference, reward_table(seed), 4)
     assert missed < 1e-9
     after = total_variation(distribution(policy), target)

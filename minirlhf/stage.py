@@ -6,7 +6,7 @@ what its scores look like. Stages whose templates or tokenizers differ are refus
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,12 +113,20 @@ def save(folder: Path, model: CausalLM | ScalarModel, tokenizer: Tokenizer, temp
     write_json(folder / META, {"template": template.name, "template_sha256": template.sha256, **meta, **found})
 
 
-def save_ppo(folder: Path, policy: Loaded, critic: ScalarModel | None) -> None:
-    """The policy, and beside it the value model, if there is one, so that PPO can go on from here."""
+def save_ppo(
+    folder: Path, policy: Loaded, critic: ScalarModel | None, mean: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """The policy, and beside it the value model, if there is one, so that PPO can go on from here; and `ema/`, for which
+    the policy takes the mean weights, if there are such."""
     save(folder, policy.model, policy.tokenizer, policy.template)
     found = write_model(folder / VALUE, critic) if critic else {}
     if found:
         write_json(folder / VALUE / META, found)
+    if mean:
+        with torch.no_grad():
+            for name, p in policy.model.named_parameters():
+                p.copy_(mean.get(name, p))
+        save(folder / "ema", policy.model, policy.tokenizer, policy.template)
 
 
 def conclude(run: Run, write: Callable[[Path], None]) -> None:
@@ -187,8 +195,8 @@ def function_score(function: TextScore, tokenizer: Tokenizer) -> Callable[[Rollo
 def sampling(config: Any, loaded: Loaded) -> dict[str, Any]:
     """The arguments of `generate`: what the settings say, and nothing else is excluded.
 
+    A token that is never drawn costs PPO nothing: it moves probability there, which lowers the log-probs of all that is
     drawn; the KL penalty takes that for closeness to the reference. top_k, top_p, begin_suppress_eos do the same.
-    drawn, and the KL penalty takes that for closeness to the reference. top_k, top_p and begin_suppress_eos do the same.
     """
     s, tokenizer = config.sample, loaded.tokenizer
     eos = loaded.template.stop_token_id(tokenizer)

@@ -3,6 +3,7 @@
     python tests/mutation.py                        every mutant of every module below; score and survivors
     python tests/mutation.py loss ppo --jobs 2      these modules
     python tests/mutation.py loss --line 52         mutants of one line, each printed
+    python tests/mutation.py ops --every 5          a sample of every fifth
 
 A mutant is a module with one change of its syntax tree (`mutants`). It is run in a fork of a process that has imported
 the tests named in TESTS already and gives their functions the changed code (`install`): no file is written. A mutant is
@@ -367,6 +368,7 @@ def main():
     parser.add_argument("modules", nargs="*", default=list(TESTS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--line", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1, help="only every n-th mutant: a sample")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -380,7 +382,7 @@ def main():
     totals = []
     for module in args.modules:
         source = (PACKAGE / f"{module}.py").read_text()
-        found = [m for m in mutants(source) if args.line in (0, m[0])]
+        found = [m for m in mutants(source) if args.line in (0, m[0])][:: args.every]
         if args.list:
             print(f"{module}: {len(found)} mutants")
             continue

@@ -46,6 +46,11 @@ class RunSection:
     resume: bool = key(False, "go on from the newest checkpoint that verifies")
     save_every: int = key(0, "steps between checkpoints; 0: only at the end and on a signal", low=0)
     keep: int = key(2, "checkpoints kept", low=1)
+    best_by: str = key(
+        "",
+        "max:METRIC or min:METRIC of the log, by which the best checkpoint is kept besides; empty: val/loss, "
+        "val/accuracy or objective/rlhf_reward",
+    )
     log_every: int = key(10, "steps between lines of metrics.jsonl", low=1)
     log_with: str = key("none", "where those lines go too", choices=("none", "tensorboard", "wandb"))
     dry_run: bool = key(False, "print the memory that the stage takes, and stop")
@@ -213,7 +218,7 @@ class PPOSection:
     ptx_path: str = key(
         "", "file of those texts, its last tenth held out for base/perplexity; empty: the built-in task's corpus"
     )
-    kl_coef: float = key(0.08, "β, nats to reward", low=0.0)
+    kl_coef: float = key(0.1, "β, nats to reward", low=0.0)
     kl_in: str = key(
         "reward", "where the penalty stands; loss: of every token, as GRPO has it", choices=("reward", "loss")
     )
@@ -262,6 +267,12 @@ class PPOSection:
         "value model starts as the trunk, under a zero head, of the reward model (else, and without one, the policy); "
         "kept: as the one that PPO left beside the policy",
         choices=("auto", "reward_trunk", "reward_model", "policy", "kept"),
+    )
+    ema: float = key(
+        0.0,
+        "decay of the mean of the policy's weights over optimizer steps, saved as final/ema; 0: none",
+        low=0.0,
+        high=1.0,
     )
     probe: str = key("warn", "a reward model that prefers degenerate answers", choices=("warn", "stop"))
     on_alarm: str = key("warn", "what an alarm of the log does; stop: exit code 5", choices=("warn", "stop"))
@@ -401,6 +412,8 @@ def _check_objective(o: PPOSection) -> None:
 
 def _check_common(config: Any) -> None:
     run, model, optim, sample = config.run, config.model, config.optim, config.sample
+    if run.best_by and not (run.best_by[:4] in ("max:", "min:") and run.best_by[4:]):
+        raise UsageError(f"run.best_by {run.best_by!r}: write max:METRIC or min:METRIC, such as max:gold/score")
     if optim.warmup_steps > run.steps:
         raise UsageError(f"optim.warmup_steps {optim.warmup_steps} exceeds run.steps {run.steps}")
     if model.d_model % model.n_head:

@@ -32,7 +32,7 @@ WEAK = f"{RM} --data.labeler weak --data.size 1024 --optim.lr 1e-3"
 ROLLOUT = "--ppo.rollout_size 128 --ppo.minibatch_size 64 --ppo.microbatch_size 64"
 START = f"train_ppo.py --model.path sft/final {ROLLOUT}"
 PPO = f"{START} --run.steps 30 --ppo.kl_coef"
-FREE = f"{START} --run.steps 60 --ppo.kl_coef 0 --ppo.missing_eos replace --ppo.missing_eos_penalty 3"
+FREE = f"{START} --run.steps 24 --optim.lr 1.5e-4 --ppo.kl_coef 0 --ppo.missing_eos replace --ppo.missing_eos_penalty 3"
 GOOD, BAD = "--reward.path rm-good/final", "--reward.path rm-weak/final"
 DROPOUT = f"--model.path sft-dropout/final {ROLLOUT} --run.steps 30 --ppo.kl_coef 0.1 {GOOD}"
 
@@ -149,22 +149,25 @@ def command(job: str, seed: int) -> list[str]:
 
 
 def run_job(folder: Path, job: str, seed: int) -> float:
-    """Run one command in the seed's folder; its seconds. Raises UsageError when it fails."""
+    """Run one command in the seed's folder; its seconds of processor time. Raises UsageError when it fails."""
     words, note = command(job, seed), folder / f"{job}.json"
     if note.is_file() and json.loads(note.read_text())["command"] == words:
         return 0.0
     shutil.rmtree(folder / job, ignore_errors=True)
     program = folder / words[0] if words[0] in FILES else ROOT / words[0]
-    began = time.perf_counter()
-    ran = subprocess.run(
-        [sys.executable, str(program.resolve()), *words[1:]], cwd=folder, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-    )  # fmt: skip
-    said = [line for line in (ran.stdout + ran.stderr).splitlines() if line]
-    if ran.returncode != REFUSED.get(job, 0):
-        raise UsageError(f"{folder / job}: exit code {ran.returncode}: {said[-1] if said else 'no words'}")
-    seconds = time.perf_counter() - began
-    write_json(note, {"command": words, "code": ran.returncode, "seconds": seconds, "said": said[-20:]})
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with (folder / f"{job}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(program.resolve()), *words[1:]], cwd=folder, stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        _, status, used = os.wait4(process.pid, 0)  # which also tells the processor time
+    process.returncode = os.waitstatus_to_exitcode(status)
+    said = [line for line in (folder / f"{job}.log").read_text().splitlines() if line]
+    if process.returncode != REFUSED.get(job, 0):
+        raise UsageError(f"{folder / job}: exit code {process.returncode}: {said[-1] if said else 'no words'}")
+    seconds = used.ru_utime + used.ru_stime
+    write_json(note, {"command": words, "code": process.returncode, "seconds": seconds, "said": said[-1]})
     return seconds
 
 
@@ -220,7 +223,7 @@ def write_page(names: Sequence[str], seeds: Sequence[int], out: Path) -> list[la
     top = [
         "<h1>The failure lab</h1>",
         f'<p class="dim">The built-in task, seeds {", ".join(map(str, seeds))}: mean and range; gold and KL '
-        f"over 1,024 answers after the last iteration; {minutes:,.0f} minutes of jobs of one thread each.</p>",
+        f"over 1,024 answers after the last iteration; {minutes:,.0f} minutes of processor time.</p>",
         lab_page.verdicts(claims),
     ]
     write_file(out / "lab.html", [page("The failure lab", [*top, *sections, section("Files", *files)]).encode()])

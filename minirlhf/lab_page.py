@@ -238,7 +238,7 @@ class Found(NamedTuple):
 
     def said(self, job: str) -> list[str]:
         """The last line of a job, per seed."""
-        return [json.loads((folder / f"{job}.json").read_text())["said"][-1] for folder in self.seeds.values()]
+        return [json.loads((folder / f"{job}.json").read_text())["said"] for folder in self.seeds.values()]
 
 
 class Scenario(NamedTuple):

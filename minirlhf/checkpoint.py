@@ -12,13 +12,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from minirlhf.errors import CheckpointError
 from minirlhf.safefile import read_json, write_file, write_tensors
@@ -134,41 +132,6 @@ def verify(folder: Path, step: int) -> None:
         file = folder / name
         if not file.is_file() or file.stat().st_size != size or sha256_file(file) != digest:
             raise CheckpointError(f"{file}: size or sha256 differs from the manifest; this checkpoint is damaged")
-
-
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters by name; tied ones once, frozen ones left out."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors of `module_tensors` back; names and shapes must agree."""
-    own = module_tensors(module)
-    if own.keys() != tensors.keys():
-        raise CheckpointError(f"checkpoint and model differ in {sorted(own.keys() ^ tensors.keys())[:5]}")
-    with torch.no_grad():
-        for name, p in own.items():
-            if p.shape != tensors[name].shape:
-                raise CheckpointError(f"{name}: checkpoint {tuple(tensors[name].shape)}, model {tuple(p.shape)}")
-            p.copy_(tensors[name])
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """Moments and step counts as `name.exp_avg`, `name.exp_avg_sq`, `name.step`."""
-    return {
-        f"{name}.{k}": v for name, p in named for k, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor)
-    }
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
-) -> None:
-    """Put the state of `optimizer_tensors` back."""
-    for name, p in named:
-        kinds = ("step", "exp_avg", "exp_avg_sq")
-        found = {k: tensors[f"{name}.{k}"] for k in kinds if f"{name}.{k}" in tensors}
-        if found:
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
 
 
 def sha256_file(path: Path) -> str:

@@ -21,7 +21,7 @@ from minirlhf.errors import CheckpointError
 from minirlhf.fsdp import Pick, shard
 
 Tensors = dict[str, dict[str, Tensor]]  # group → name → whole tensor
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "ema")  # of AdamW, and the mean of the weights where one is kept
 
 
 class Replicated:
@@ -132,6 +132,7 @@ class Engine:
         self.device, self.low = run.device, run.dtype == "bf16"
         dtype = torch.bfloat16 if self.low else None
         self.skeletons = {m: skeleton(m) for m in models} if run.engine != "none" else {}
+        self.shapes = {m: {name: p.shape for name, p in m.named_parameters() if p.requires_grad} for m in models}
         self.of: dict[Any, Any] = {m: Replicated(m) for m in models}
         if run.engine == "mini":
             kept = run.checkpoint_activations
@@ -179,9 +180,9 @@ class Engine:
         """Whole weights and moments on rank 0, gathered a block at a time; elsewhere the names of groups alone."""
         out: Tensors = {role: {} for role in (*trained, "optimizer")}
         for role, model in trained.items():
-            out[role] |= self._whole(model, trainable)
+            out[role] |= self.picked(model, trainable)
             for kind in MOMENTS:
-                found = self._whole(model, moment(optimizer, kind))
+                found = self.picked(model, moment(optimizer, kind))
                 out["optimizer"] |= {f"{role}.{name}.{kind}": x for name, x in found.items()}
             steps = {name: optimizer.state.get(p, {}).get("step") for name, p in model.named_parameters()}
             out["optimizer"] |= {f"{role}.{name}.step": x for name, x in steps.items() if x is not None}
@@ -192,23 +193,26 @@ class Engine:
         """Put the tensors of `state` back, whatever the number of ranks was."""
         moments = tensors["optimizer"]
         for role, model in trained.items():
-            names = {name for name, p in model.named_parameters() if p.requires_grad}
-            if names != tensors[role].keys():
-                raise CheckpointError(f"checkpoint and {role} differ in {sorted(names ^ tensors[role].keys())[:5]}")
+            here, there = self.shapes[model], {name: x.shape for name, x in tensors[role].items()}
+            if here != there:
+                differ = sorted({name for name, _ in here.items() ^ there.items()})
+                raise CheckpointError(
+                    f"checkpoint and {role} differ in {', '.join(differ[:5])}; is it another model now?"
+                )
             self.of[model].put(trainable, tensors[role])
             for name, p in model.named_parameters():
                 if f"{role}.{name}.step" in moments:
-                    blank = {kind: torch.zeros_like(p) for kind in MOMENTS}
+                    blank = {kind: torch.zeros_like(p) for kind in MOMENTS if f"{role}.{name}.{kind}" in moments}
                     optimizer.state[p] = {"step": moments[f"{role}.{name}.step"].to(p.device, copy=True), **blank}
             for kind in MOMENTS:
-                found = {name: moments[key] for name in names if (key := f"{role}.{name}.{kind}") in moments}
+                found = {name: moments[key] for name in here if (key := f"{role}.{name}.{kind}") in moments}
                 self.of[model].put(moment(optimizer, kind), found)
 
     def whole(self, model: Any) -> Any:
         """The model with all its weights, to be saved by rank 0; gathered a block at a time into its memory."""
         if not self.skeletons:
             return model
-        found = self._whole(model, lambda p: p)
+        found = self.picked(model, lambda p: p)
         bare = self.skeletons[model]
         filled = {id(p): nn.Parameter(found[name], p.requires_grad) for name, p in bare.named_parameters() if found}
         double = copy.deepcopy(bare, filled)
@@ -216,7 +220,8 @@ class Engine:
             double._policy = (self.whole(model.policy),)
         return double
 
-    def _whole(self, model: Any, pick: Pick) -> dict[str, Tensor]:
+    def picked(self, model: Any, pick: Pick) -> dict[str, Tensor]:
+        """Name → whole tensor on rank 0 of all that `pick` chooses; elsewhere nothing."""
         found = {}
         for name, x in self.of[model].full(pick):
             if dist.rank() == 0:

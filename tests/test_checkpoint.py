@@ -4,6 +4,7 @@ import errno
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from faults import disk_calls, failing, recorded
 from tolerance import assert_close, exact
 
 from minirlhf import checkpoint
+from minirlhf.engine import Engine
 from minirlhf.errors import CheckpointError
 from minirlhf.optim import adamw
 
@@ -267,28 +269,34 @@ def trained(steps, model=None, optimizer=None, first=0):
     return model, optimizer
 
 
+def engine_of(model):
+    run = SimpleNamespace(engine="none", device="cpu", dtype="fp32", checkpoint_activations=False)
+    return Engine(run, [model]), {"model": model}
+
+
 def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path):
     whole, _ = trained(7)
     model, optimizer = trained(3)
-    groups = {
-        "model": checkpoint.module_tensors(model),
-        "optimizer": checkpoint.optimizer_tensors(optimizer, model.named_parameters()),
-    }
+    engine, roles = engine_of(model)
+    groups = engine.state(roles, optimizer)
     assert "0.bias" not in groups["model"]
     checkpoint.save(tmp_path, 3, groups, {}, keep=1)
     _, found, _ = checkpoint.load_newest(tmp_path)
     fresh, new = trained(0)
-    checkpoint.load_module(fresh, found["model"])
-    checkpoint.load_optimizer(new, fresh.named_parameters(), found["optimizer"])
+    engine, roles = engine_of(fresh)
+    engine.load(roles, new, found)
     trained(7, fresh, new, first=3)
     for a, b in zip(fresh.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_tensors_of_another_model_are_refused():
-    model, _ = trained(0)
-    good = checkpoint.module_tensors(model)
-    with pytest.raises(CheckpointError, match="differ in"):
-        checkpoint.load_module(model, {k: v for k, v in good.items() if k != "2.bias"})
-    with pytest.raises(CheckpointError, match=r"2\.bias"):
-        checkpoint.load_module(model, good | {"2.bias": torch.zeros(2)})
+    model, optimizer = trained(1)
+    engine, roles = engine_of(model)
+    good = engine.state(roles, optimizer)
+    for other in (
+        {k: v for k, v in good["model"].items() if k != "2.bias"},
+        good["model"] | {"2.bias": torch.zeros(2)},
+    ):
+        with pytest.raises(CheckpointError, match=r"model differ in 2\.bias"):
+            engine.load(roles, optimizer, good | {"model": other})

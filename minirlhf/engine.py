@@ -210,7 +210,7 @@ class Engine:
 
     def whole(self, model: Any) -> Any:
         """The model with all its weights, to be saved by rank 0; gathered a block at a time into its memory."""
-        if not self.skeletons:
+        if model not in self.skeletons:
             return model
         found = self.picked(model, lambda p: p)
         bare = self.skeletons[model]

@@ -21,11 +21,11 @@ from minirlhf import dist, stage
 from minirlhf.alarms import Limits, alarms, signals
 from minirlhf.config import PPOConfig, preset_line
 from minirlhf.data import left_padded, step_rows
-from minirlhf.engine import Engine
+from minirlhf.engine import Engine, moment
 from minirlhf.evaluate import Gold, examine, frontier_share, summary
 from minirlhf.forensics import Guard
 from minirlhf.memory import dry_run
-from minirlhf.optim import adamw, lr_factor, set_lr
+from minirlhf.optim import adamw, keep_mean, lr_factor, set_lr
 from minirlhf.ppo import epoch_plans, ppo_iteration, require_finite, rollout_metrics, score_answers, score_moments
 from minirlhf.probe import TextScore, write_probe
 from minirlhf.ptx import Corpus
@@ -53,8 +53,9 @@ def main(config: PPOConfig, run: Run) -> None:
                    device=c.run.device)  # fmt: skip
 
     trained = {"policy": roles.policy} | ({"value_model": roles.value_model} if roles.value_model else {})
-    named = [(f"{role}.{name}", x) for role, model in trained.items() for name, x in model.named_parameters()]
+    named = chain.from_iterable(model.named_parameters(role) for role, model in trained.items())
     optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
+    keep_mean(optimizer, roles.policy, p.ema)
     start, tensors, state = run.restore() or (0, {}, {"kl_coef": p.kl_coef})
     if tensors:
         engine.load(trained, optimizer, tensors)
@@ -70,8 +71,7 @@ def main(config: PPOConfig, run: Run) -> None:
     if start == 0:
         look_first(run, exam, texts, prompts, engine.whole_in(roles.reward_model, of_texts))
     for step in run.steps(start, snapshot):
-        metrics: dict[str, Any] = {}
-        began = time.perf_counter()
+        metrics, began = dict[str, Any](), time.perf_counter()
         lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
         set_lr(optimizer, lr)
         plan = partial(epoch_plans, options=p, seed=c.run.seed, iteration=step)
@@ -104,8 +104,9 @@ def main(config: PPOConfig, run: Run) -> None:
             show(run, exam(prompts[:6]), step)
 
     look_last(run, exam, prompts)
-    policy, critic = engine.whole(roles.policy), engine.whole(roles.value_model)
-    stage.conclude(run, lambda folder: stage.save_ppo(folder, loaded._replace(model=policy), critic))
+    policy, critic, mean = (*map(engine.whole, (roles.policy, roles.value_model)),
+                            engine.picked(roles.policy, moment(optimizer, "ema")))  # fmt: skip
+    stage.conclude(run, lambda folder: stage.save_ppo(folder, loaded._replace(model=policy), critic, mean))
 
 
 def look_first(

@@ -28,7 +28,7 @@ from minirlhf.errors import CheckpointError, NonFiniteError, UsageError, UserErr
 from minirlhf.log import read_lines
 from minirlhf.loss import value_loss
 from minirlhf.ops import kl_estimate
-from minirlhf.optim import adamw, lr_factor
+from minirlhf.optim import adamw, keep_mean, lr_factor
 from minirlhf.page import spelled
 from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers, score_moments, surrogate
 from minirlhf.ptx import Corpus
@@ -115,6 +115,7 @@ def replay(config: Any, path: Path, changed: Sequence[str]) -> Replay:
     named = [(f"{role}.{name}", x) for role, model in trained.items() for name, x in model.named_parameters()]
     lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
     optimizer = adamw(named, lr=lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
+    keep_mean(optimizer, roles.policy, p.ema)
     engine.load(trained, optimizer, tensors)
 
     if "ppo.score_norm" in changed:

@@ -40,6 +40,22 @@ def lr_factor(
     return final + (1.0 - final) * f
 
 
+def keep_mean(optimizer: torch.optim.Optimizer, model: nn.Module, decay: float) -> None:
+    """From now on a third moment of the model's trained weights, "ema", θ̄ ← d θ̄ + (1 - d) θ after every step; it begins
+    as the weights after the first (Polyak, Juditsky 1992; for PPO's policy Ouyang et al. 2022, d = 0.992). d = 0: none.
+    """
+    if not decay:
+        return
+
+    @torch.no_grad()
+    def update(*_: object) -> None:
+        for p in model.parameters():
+            if p.grad is not None:
+                optimizer.state[p].setdefault("ema", p.detach().clone()).lerp_(p, 1 - decay)
+
+    optimizer.register_step_post_hook(update)
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The same rate for every group."""
     for group in optimizer.param_groups:

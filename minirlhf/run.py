@@ -248,11 +248,15 @@ class Run:
 
     def _merits(self) -> dict[int, float]:
         """How good each step was, as far as the log tells."""
-        name = next((name for name in BEST if any(name in line for line in self.history)), "")
-        return {line["step"]: BEST[name] * line[name] for line in self.history if line.get(name) is not None}
+        way, _, name = self.config.run.best_by.partition(":")
+        name = name or next((name for name in BEST if any(name in line for line in self.history)), "")
+        sign = {"max": 1, "min": -1}.get(way) or BEST.get(name, 1)
+        return {line["step"]: sign * line[name] for line in self.history if line.get(name) is not None}
 
     def finish(self, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a temporary folder, which then becomes final/."""
+        if self.config.run.best_by and not self._merits():
+            self.say(f"run.best_by {self.config.run.best_by}: never logged, so that no checkpoint was the best")
         temporary, final = self.folder / ".tmp_final", self.folder / "final"
         if dist.rank() != 0:
             dist.wait_for_first("final")

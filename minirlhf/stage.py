@@ -116,8 +116,8 @@ def save(folder: Path, model: CausalLM | ScalarModel, tokenizer: Tokenizer, temp
 def save_ppo(
     folder: Path, policy: Loaded, critic: ScalarModel | None, mean: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """The policy, and beside it the value model, if there is one, so that PPO can go on from here; and `ema/`, for which
-    the policy takes the mean weights, if there are such."""
+    """The policy, and beside it the value model, if there is one, so that PPO can go on from here; `ema/` is the policy
+    with the mean of its weights, which it takes over at last."""
     save(folder, policy.model, policy.tokenizer, policy.template)
     found = write_model(folder / VALUE, critic) if critic else {}
     if found:

@@ -21,9 +21,12 @@ from minirlhf.config import PPOConfig, load_config
 from minirlhf.engine import Engine
 from minirlhf.errors import UsageError
 from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.optim import adamw, keep_mean
 from minirlhf.ppo import epoch_plans, estimate, ppo_iteration
+from minirlhf.pretrained import load_causal_lm
 from minirlhf.ptx import Corpus, perplexity
 from minirlhf.rollout import load_rollout
+from minirlhf.run import Run
 from minirlhf.templates import get_template
 from minirlhf.tokenizer import Tokenizer
 
@@ -330,6 +333,60 @@ def test_infinity_is_a_clip_range():
     assert load_config(PPOConfig, ["--ppo.clip_range", "inf"]).ppo.clip_range == float("inf")
 
 
+# ---- the mean of the weights, the best checkpoint -------------------------------------------------------------------
+
+
+def test_the_mean_of_the_weights_by_hand():
+    """SGD at rate 1 on a gradient of -1: weights 1, 2, 3 after the steps; d = 0.75: 1, 1.25, 1.6875."""
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    torch.nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    keep_mean(optimizer, model, 0.75)
+    found = []
+    for _ in range(3):
+        model.weight.grad = -torch.ones(1, 1, dtype=torch.float64)
+        optimizer.step()
+        found.append(float(optimizer.state[model.weight]["ema"]))
+    assert found == [1.0, 1.25, 1.6875]
+    assert float(model.weight.detach()) == 3.0
+
+
+def test_no_mean_is_kept_of_a_model_that_nobody_asked_about():
+    a, b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    optimizer = adamw([*a.named_parameters("a"), *b.named_parameters("b")], lr=1e-3, weight_decay=0.0, betas=(0.9, 0.9), eps=1e-8)  # fmt: skip  # noqa: E501
+    keep_mean(optimizer, a, 0.9)
+    keep_mean(optimizer, b, 0.0)
+    (a(torch.ones(1, 1)) + b(torch.ones(1, 1))).sum().backward()
+    optimizer.step()
+    assert all("ema" in optimizer.state[p] for p in a.parameters())
+    assert not any("ema" in optimizer.state[p] for p in b.parameters())
+
+
+@pytest.mark.parametrize(("best_by", "kept"), [("max:gold/score", 2), ("min:gold/score", 1), ("", 3)])
+def test_the_best_checkpoint_is_that_of_the_metric_asked_for(tmp_path, best_by, kept):
+    argv = ["--run.steps", "5", "--run.keep", "1", "--run.save_every", "1", "--run.dir", str(tmp_path / "run")]
+    run = Run(load_config(PPOConfig, [*argv, "--run.best_by", best_by]), "ppo")
+    assert run.restore() is None
+    weights = {"policy": {"w": torch.zeros(1)}}
+    for step in run.steps(0, lambda: (weights, {})):
+        run.log(step, {"gold/score": [1, 5, 4, 3, 2][step - 1], "objective/rlhf_reward": [1, 2, 9, 3, 4][step - 1]}, ())
+    folders = {p.name for p in (tmp_path / "run/checkpoints").iterdir()}
+    assert folders == {f"best_{kept:08d}", "step_00000005"}
+
+
+def test_best_by_without_a_direction_is_refused():
+    with pytest.raises(UsageError, match="max:gold/score"):
+        load_config(PPOConfig, ["--run.best_by", "gold/score"])
+
+
+def test_a_metric_that_is_never_logged_is_named(tmp_path, capsys):
+    argv = ["--run.steps", "1", "--run.dir", str(tmp_path / "run"), "--run.best_by", "max:gold/scroe"]
+    run = Run(load_config(PPOConfig, argv), "ppo")
+    run.restore()
+    run.finish(lambda folder: folder.mkdir())
+    assert "gold/scroe" in capsys.readouterr().out
+
+
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 GROUPS = ["--ppo.rollout_size", "8", "--ppo.minibatch_size", "4", "--ppo.microbatch_size", "4", "--reward.fn",
@@ -358,7 +415,10 @@ def run_and_resume(folder, name, *argv):
 
 
 def test_groups_go_through_the_script_and_resume_bit_for_bit(folder):
-    whole, cut = run_and_resume(folder, "groups", *GROUPS, "--ppo.save_rollouts", "1")
+    whole, cut = run_and_resume(folder, "groups", *GROUPS, "--ppo.save_rollouts", "1", "--ppo.ema", "0.9")
+    mean, last = (load_causal_lm(whole / name).state_dict() for name in ("final/ema", "final"))
+    assert any((mean[name] != last[name]).any() for name in last)
+    assert digests(whole / "final/ema") == digests(cut / "final/ema")
     assert digests(whole / "final") == digests(cut / "final")
     assert metrics(whole) == metrics(cut)
     assert not (whole / "final/value_model").exists()

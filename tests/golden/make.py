@@ -583,6 +583,12 @@ def ppo_loss_variants():
          "advantages": [[1.0, 1.0, NAN], [-1.0, -1.0, NAN]], "mask": [[True, True, False]] * 2},
         [[-1.2, -1.2, 0], [2, 2, 0]], gradient={gradient_of: [[0, 0, 0], [2, 2, 0]]}
     )  # fmt: skip
+    golden(
+        "sequence_log_ratio_hand", "loss.sequence_log_ratio", "hand", "(1 + 0.5)/2 and -3/1",
+        {"logprobs": [[0.0, -0.5, NAN], [-4.0, NAN, NAN]], "old_logprobs": [[-1.0, -1.0, NAN], [-1.0, NAN, NAN]],
+         "mask": [[True, True, False], [True, False, False]]},
+        [[0.75, 0.75, 0], [-3, 0, 0]], gradient={gradient_of: [[1, 1, 0], [1, 0, 0]]}
+    )  # fmt: skip
 
     old, new, A = numbers(31, 3, 5), numbers(31, 3, 5) + numbers(32, 3, 5, scale=0.5), numbers(33, 3, 5)
     inputs = {"logprobs": new, "old_logprobs": old, "advantages": A, "clip_range": 0.2}
@@ -603,6 +609,10 @@ def ppo_loss_variants():
     golden(
         "sequence_policy_loss_numpy", "loss.sequence_policy_loss", "library", f"{NUMPY} np.ma.mean of ln ρ",
         inputs | {"mask": mask}, np.where(real, -np.minimum(s * a, np.clip(s, 0.8, 1.2) * a), 0.0)
+    )  # fmt: skip
+    golden(
+        "sequence_log_ratio_numpy", "loss.sequence_log_ratio", "library", f"{NUMPY} np.ma.mean of ln ρ",
+        {"logprobs": new, "old_logprobs": old, "mask": mask}, np.where(real, log_s, 0.0)
     )  # fmt: skip
 
 

@@ -363,8 +363,8 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "dropout": Scenario(
         "Dropout left on",
-        "The policy samples under one mask and learns under another: the first ratio of an iteration is not 1, and the "
-        "KL to the reference is above 0 before anything is learned.",
+        "The policy samples under one mask and learns under another. At 0.1 the answers do not show it: the first "
+        "ratio of an iteration, which is not 1, and a KL that is not 0 before anything is learned are the only signs.",
         {"ppo-dropout-off": "dropout off", "ppo-dropout-on": "dropout on"},
         show_simple("dropout", {"first ratio's gap": mean_of("val/first_ratio_gap")}, COURSE),
     ),
@@ -372,7 +372,7 @@ SCENARIOS: dict[str, Scenario] = {
         "Another template than in training",
         "The scripts note the template in a model's folder and refuse another one. A reward function is not asked: "
         "here it puts the words of another template around the prompt before the reward model reads it. Nothing "
-        "fails, scores still rise, and they mean less.",
+        "fails, the scores rise, and the policy is lost.",
         {"ppo-template-same": "the same template", "ppo-template-other": "another template"},
         show_template,
     ),

@@ -274,6 +274,10 @@ class PPOSection:
         low=0.0,
         high=1.0,
     )
+    metric_fn: str = key(
+        "", "module:function of lists of prompts and responses, returning floats; their mean is eval/metric of the log"
+    )
+    eval_every: int = key(0, "iterations between evaluations by metric_fn; 0: ten in a run", low=0)
     probe: str = key("warn", "a reward model that prefers degenerate answers", choices=("warn", "stop"))
     on_alarm: str = key("warn", "what an alarm of the log does; stop: exit code 5", choices=("warn", "stop"))
     save_rollouts: int = key(
@@ -385,6 +389,8 @@ class PPOConfig:
             raise UsageError("model.path is empty: PPO starts from a trained policy; give its folder")
         if self.ppo.critic == "shared" and self.ppo.value_init.startswith("reward"):
             raise UsageError(f"ppo.value_init {self.ppo.value_init}: a shared critic stands on the policy's trunk")
+        if self.ppo.metric_fn and self.reward.fn == "human":
+            raise UsageError("ppo.metric_fn: its answers would be shown to the person of reward.fn human; leave it out")
         if self.ppo.ptx_coef and not self.ppo.ptx_path and (self.data.path or self.ppo.prompts):
             raise UsageError(
                 f"ppo.ptx_coef {self.ppo.ptx_coef}: your own prompts need your own texts; give ppo.ptx_path"
@@ -443,7 +449,8 @@ def load_config(cls: type[Config], argv: Sequence[str]) -> Config:
         if not argv or argv[0].startswith("--") or argv[0] in str(e):
             raise
         place = argv[0] if len(argv) == 1 else f"{argv[0]} or the command line"
-        raise UsageError(f"{place}: {str(e)[:400]}") from e  # a value from a file may be long
+        said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(e))[:400]  # what a file holds may be long
+        raise UsageError(f"{place}: {said}") from e
 
 
 def _resolved(cls: type[Config], argv: Sequence[str]) -> Config:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf.errors import CheckpointError, DataError, UsageError
-from minirlhf.safefile import read_json
+from minirlhf.safefile import read_json, shown
 from minirlhf.tokenizer import Tokenizer
 
 Piece = str | dict[str, str]  # text with slots, or {"token": spelling}; "eos" and "bos" are the tokenizer's own
@@ -137,7 +137,7 @@ class Template:
         own = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id}
         token = own[spelling] if spelling in own else tokenizer.token_to_id(spelling)
         if token is None:
-            raise UsageError(f"data.template {self.name}: the tokenizer has no token {spelling}; choose another")
+            raise UsageError(f"data.template {self.name}: the tokenizer has no token {shown(spelling)}; choose another")
         return token
 
 

@@ -12,6 +12,7 @@ from minirlhf.loss import (
     direct_score_loss,
     dpo_loss,
     dual_clip_loss,
+    imitation_loss,
     is_clipped,
     pairwise_loss,
     policy_loss,
@@ -196,6 +197,17 @@ def test_the_weight_of_cispo_is_clipped_and_has_no_gradient():
     loss.sum().backward()
     assert_close(loss, [[-1.4 * 3 * math.log(2), -0.8 * math.log(2), 0.0]], fp64)
     assert_close(new.grad, [[-4.2, 0.8, -2.0]], fp64)
+
+
+def test_unlearning_a_certain_token_costs_a_number():
+    """log(1 - π) at π = 1 is taken at π = e^(-1e-6); a little below, the clamp is not felt."""
+    logprobs = f64([[0.0, -1e-5, -0.5]]).requires_grad_()
+    loss = imitation_loss(logprobs, f64([[-2.0, -1.0, -1.0]]))
+    loss.sum().backward()
+    assert_close(
+        loss, [[-2 * math.log(-math.expm1(-1e-6)), -math.log(-math.expm1(-1e-5)), -math.log(1 - math.exp(-0.5))]], fp64
+    )
+    assert_close(logprobs.grad, [[0.0, 1 / math.expm1(1e-5), 1 / math.expm1(0.5)]], fp64)
 
 
 def test_value_loss_without_clipping_ignores_old_values():

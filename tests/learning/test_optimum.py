@@ -1,4 +1,4 @@
-"""Does it optimise the right thing? On 15 possible answers, against the optimum in closed form (docs/optima.md).
+"""Does it optimise the right thing? On 15 (or 7) possible answers, against the optimum in closed form (docs/optima.md).
 
 The loop is that of train_ppo.py: `collect` with a real CausalLM and ValueModel, `ppo_iteration` with AdamW, a rate that
 falls linearly to 0. Only the reward is a table. All answers are enumerated to measure the total variation
@@ -28,18 +28,53 @@ from minirlhf.reward import shape_rewards
 from minirlhf.rng import generator
 from minirlhf.rollout import Roles, collect, policy_stats, target_stats
 
-EOS, R, BETA, CLOSE = 0, 3, 1.0, 0.005
+EOS, BETA, CLOSE = 0, 1.0, 0.005
 PROMPT = torch.tensor([[1, 2]])
-ANSWERS = [y for n in range(1, R + 1) for y in itertools.product(range(3), repeat=n)
-           if EOS not in y[:-1] and (y[-1] == EOS or n == R)]  # fmt: skip
-TOKENS = torch.tensor([[*y, *[EOS] * (R - len(y))] for y in ANSWERS])  # (15, R); padding has the id of EOS
-MASK = torch.tensor([[t < len(y) for t in range(R)] for y in ANSWERS])
-CODE = {tuple(row): i for i, row in enumerate(TOKENS.tolist())}
+
+
+class World:
+    """All answers of up to R tokens out of 3, EOS one of them."""
+
+    def __init__(self, R):
+        answers = [y for n in range(1, R + 1) for y in itertools.product(range(3), repeat=n)]
+        self.R, self.answers = R, [y for y in answers if EOS not in y[:-1] and (y[-1] == EOS or len(y) == R)]
+        self.tokens = torch.tensor([[*y, *[EOS] * (R - len(y))] for y in self.answers])  # padding has the id of EOS
+        self.mask = torch.tensor([[t < len(y) for t in range(R)] for y in self.answers])
+        self.code = {tuple(row): i for i, row in enumerate(self.tokens.tolist())}
+        prefixes = sorted({y[:t] for y in self.answers for t in range(len(y))})
+        self.states = len(prefixes)
+        self.state = torch.tensor(
+            [[prefixes.index(y[:t]) if t < len(y) else 0 for t in range(R)] for y in self.answers]
+        )
+
+    def table(self, seed):  # → (n,) rewards
+        return torch.randn(len(self.answers), generator=generator(seed, "rewards"), dtype=torch.float64)
+
+    def log_probs(self, model):  # → (n, R) log π(a_t), 0 at padding
+        prompt = PROMPT.expand(len(self.tokens), -1)
+        whole, first = torch.cat([prompt, self.tokens], 1), torch.ones_like(prompt, dtype=torch.bool)
+        targets = torch.where(self.mask, self.tokens, -100)
+        with torch.no_grad():
+            return target_stats(model, whole, torch.cat([first, self.mask], 1), targets)["logprobs"].double()
+
+    def distribution(self, model):  # → (n,) π(y)
+        return self.log_probs(model).sum(1).exp()
+
+    def optimum(self, reference, table):
+        """π*(y) = π_ref(y) e^(r(y)/β) / Z (Rafailov et al. 2023, eq. 4)."""
+        return torch.softmax(self.log_probs(reference).sum(1) + table / BETA, 0)
+
+    def scores(self, rollout, table):  # → (B,)
+        answers = torch.nn.functional.pad(rollout.responses, (0, self.R - rollout.responses.shape[1]), value=EOS)
+        return table[[self.code[tuple(row)] for row in answers.tolist()]]
+
+
+WORLD, SMALL = World(3), World(2)
 OPTIONS = PPOSection(
     rollout_size=512, minibatch_size=256, microbatch_size=256, epochs=2, gae_lambda=1.0, value_clip_range=0.0,
     value_coef=1.0, score_norm="none",
 )  # fmt: skip
-GROUPS = {"answers_per_prompt": 8, "steps": 300}
+GROUPS = {"world": SMALL, "steps": 150}  # 7 answers: a group of 8 sees most of them
 TABLES = range(10)
 
 
@@ -52,42 +87,18 @@ def language_model(seed):
     return model
 
 
-def reward_table(seed):  # → (15,)
-    return torch.randn(len(ANSWERS), generator=generator(seed, "rewards"), dtype=torch.float64)
-
-
-def log_probs(model):  # → (15, R) log π(a_t), 0 at padding
-    prompt = PROMPT.expand(len(TOKENS), -1)
-    whole, real = torch.cat([prompt, TOKENS], 1), torch.cat([torch.ones_like(prompt, dtype=torch.bool), MASK], 1)
-    with torch.no_grad():
-        return target_stats(model, whole, real, torch.where(MASK, TOKENS, -100))["logprobs"].double()
-
-
-def distribution(model):  # → (15,) π(y)
-    return log_probs(model).sum(1).exp()
-
-
 def total_variation(p, q):
     return float((p - q).abs().sum() / 2)
 
 
-def optimum(reference, table):
-    """π*(y) = π_ref(y) e^(r(y)/β) / Z (Rafailov et al. 2023, eq. 4)."""
-    return torch.softmax(log_probs(reference).sum(1) + table / BETA, 0)
-
-
-def train(seed, *, steps=200, lr=3e-3, kl_coef=BETA, **changes):
+def train(seed, *, world=WORLD, steps=200, lr=3e-3, kl_coef=BETA, **changes):
     """The script's loop → reference, policy."""
-    options, table = replace(OPTIONS, **changes), reward_table(seed).float()
+    options, table = replace(OPTIONS, **changes), world.table(seed).float()
     policy = language_model(seed)
     reference = copy.deepcopy(policy).requires_grad_(False)
 
-    def score(rollout):
-        answers = torch.nn.functional.pad(rollout.responses, (0, R - rollout.responses.shape[1]), value=EOS)
-        return table[[CODE[tuple(row)] for row in answers.tolist()]]
-
     value_model = ValueModel.from_trunk(policy.trunk).eval() if options.advantage == "gae" else None
-    roles = Roles(policy, reference, value_model, score)
+    roles = Roles(policy, reference, value_model, lambda rollout: world.scores(rollout, table))
     named = [*policy.named_parameters("policy"), *(value_model.named_parameters("value_model") if value_model else ())]
     optimizer = adamw(named, lr=lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     prompts = PROMPT.repeat(options.rollout_size, 1)
@@ -95,7 +106,7 @@ def train(seed, *, steps=200, lr=3e-3, kl_coef=BETA, **changes):
         plan = partial(epoch_plans, options=options, seed=seed, iteration=step)
         rollout = collect(
             roles, prompts, torch.ones_like(prompts, dtype=torch.bool), eos_token_id=EOS, pad_token_id=EOS,
-            max_new_tokens=R, temperature=1.0, rng=generator(seed, "sample", step),
+            max_new_tokens=world.R, temperature=1.0, rng=generator(seed, "sample", step),
             partition=lambda n, plan=plan: list(chain(*plan(n)[0])),
         )  # fmt: skip
         set_lr(optimizer, lr * lr_factor(step, kind="linear", warmup=5, total=steps))
@@ -106,11 +117,11 @@ def train(seed, *, steps=200, lr=3e-3, kl_coef=BETA, **changes):
     return reference, policy
 
 
-def distance(seed, **how):
+def distance(seed, *, world=WORLD, **how):
     """TV to the closed form, before and after."""
-    reference, policy = train(seed, **how)
-    target = optimum(reference, reward_table(seed))
-    before, after = (total_variation(distribution(model), target) for model in (reference, policy))
+    reference, policy = train(seed, world=world, **how)
+    target = world.optimum(reference, world.table(seed))
+    before, after = (total_variation(world.distribution(model), target) for model in (reference, policy))
     print(f"table {seed}: TV {before:.4f} → {after:.4f}")  # pytest -s
     return before, after
 
@@ -119,14 +130,14 @@ def distance(seed, **how):
 
 
 def test_the_answers_are_all_there_are():
-    model = language_model(0)
-    assert len(ANSWERS) == len(CODE) == 15
-    assert float(distribution(model).sum()) == pytest.approx(1.0, abs=1e-6)
-    target = optimum(model, reward_table(0))
-    objective = lambda p: float((p * (reward_table(0) - BETA * (p.log() - log_probs(model).sum(1)))).sum())  # noqa: E731
-    Z = (distribution(model) * (reward_table(0) / BETA).exp()).sum()
-    assert objective(target) == pytest.approx(BETA * float(Z.log()), abs=1e-6)
-    assert objective(target) > objective(distribution(model))
+    model, table = language_model(0), WORLD.table(0)
+    assert len(WORLD.answers) == len(WORLD.code) == 15
+    log_ref = WORLD.log_probs(model).sum(1)
+    assert float(log_ref.exp().sum()) == pytest.approx(1.0, abs=1e-6)
+    target, log_Z = WORLD.optimum(model, table), torch.logsumexp(log_ref + table / BETA, 0)
+    objective = lambda p: float((p * (table - BETA * (p.log() - log_ref))).sum())  # noqa: E731
+    assert objective(target) == pytest.approx(BETA * float(log_Z), abs=1e-6)
+    assert objective(target) > objective(log_ref.exp())
 
 
 def test_ppo_reaches_the_optimum():
@@ -217,20 +228,17 @@ def test_wrong_variants_miss_it(monkeypatch, name):
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_group_advantages_of_score_less_penalty_have_the_same_optimum(advantage, seed):
     """docs/optima.md, sections 2 and 3: where all totals are equal, and nowhere else, every advantage is 0."""
-    assert distance(seed, **GROUPS, advantage=advantage)[1] <= CLOSE
+    assert distance(seed, **GROUPS, advantage=advantage, answers_per_prompt=8)[1] <= CLOSE
 
 
-PREFIXES = sorted({y[:t] for y in ANSWERS for t in range(len(y))})  # the 7 states
-STATE = torch.tensor([[PREFIXES.index(y[:t]) if t < len(y) else 0 for t in range(R)] for y in ANSWERS])  # (15, R)
-
-
-def by_state(x):  # (15,) of answers → (7, 3) sums over the answers that take token a in state s
-    out = torch.zeros(len(PREFIXES) * 3, dtype=torch.float64)
-    return out.index_add(0, (3 * STATE + TOKENS)[MASK], x[:, None].expand(-1, R)[MASK]).view(-1, 3)
+def by_state(x):  # (7,) of answers → (states, 3) sums over the answers that take token a in state s
+    out = torch.zeros(SMALL.states * 3, dtype=torch.float64)
+    place = 3 * SMALL.state + SMALL.tokens
+    return out.index_add(0, place[SMALL.mask], x[:, None].expand(-1, SMALL.R)[SMALL.mask]).view(-1, 3)
 
 
 def siblings(table, K):
-    """The GRPO advantage of answer y in every group of K - 1 siblings, and those groups: (15, n), (n, K - 1)."""
+    """The GRPO advantage of answer y in every group of K - 1 siblings, and those groups: (7, n), (n, K - 1)."""
     groups = torch.cartesian_prod(*[torch.arange(len(table))] * (K - 1)).view(-1, K - 1)
     with_y = torch.cat([table[:, None, None].expand(-1, len(groups), 1), table[groups].expand(len(table), -1, -1)], 2)
     return group_advantages(with_y.flatten(0, 1), kind="grpo")[:, 0].view(len(table), -1), groups
@@ -239,16 +247,16 @@ def siblings(table, K):
 def grpo_fixed_point(reference, table, K):
     """π with π(a|s) (Q(s,a) - V(s)) = β (π(a|s) - π_ref(a|s)) in every state, Q and V of the expected advantages.
 
-    → π* (15,), and the largest difference of the two sides.
+    → π (7,), and the largest difference of the two sides.
     """
-    ref = torch.zeros(len(PREFIXES), 3, dtype=torch.float64)
-    ref[STATE[MASK], TOKENS[MASK]] = log_probs(reference).exp()[MASK]
+    ref, state, tokens, mask = torch.zeros(SMALL.states, 3).double(), SMALL.state, SMALL.tokens, SMALL.mask
+    ref[state[mask], tokens[mask]] = SMALL.log_probs(reference).exp()[mask]
     ref /= ref.sum(1, keepdim=True)  # the model is fp32
     z, (A, groups) = ref.log(), siblings(table, K)
     for _ in range(20_000):
         pi = z.softmax(1)
-        p = torch.where(MASK, pi[STATE, TOKENS], 1.0).prod(1)  # (15,)
-        expected = A @ p[groups].prod(1)  # (15,)
+        p = torch.where(mask, pi[state, tokens], 1.0).prod(1)  # (7,)
+        expected = A @ p[groups].prod(1)  # (7,)
         visits, gains = by_state(p), by_state(p * expected)
         Q, V = gains / visits, (gains.sum(1) / visits.sum(1))[:, None]
         difference = pi * (Q - V) - BETA * (pi - ref)
@@ -260,32 +268,32 @@ def grpo_fixed_point(reference, table, K):
 
 def test_two_answers_of_a_group_only_say_which_is_better():
     """K = 2: the advantage is ±1/√2, its expectation the chance to win less the chance to lose, over √2."""
-    table, p = reward_table(0), distribution(language_model(0))
+    table, p = SMALL.table(0), SMALL.distribution(language_model(0))
     A, groups = siblings(table, 2)
     wins = (torch.sign(table[:, None] - table) * p).sum(1)
     torch.testing.assert_close(A @ p[groups[:, 0]], wins / 2**0.5, rtol=1e-2, atol=1e-4)  # σ + 1e-4 is not quite σ
 
 
 def test_grpo_as_published_has_another_optimum():
-    reference, table = language_model(2), reward_table(2)
+    reference, table = language_model(0), SMALL.table(0)
     for K in (2, 4):
         target, missed = grpo_fixed_point(reference, table, K)
         assert missed < 1e-9
         assert float(target.sum()) == pytest.approx(1.0, abs=1e-9)
-        assert total_variation(target, optimum(reference, table)) > 10 * CLOSE
+        assert total_variation(target, SMALL.optimum(reference, table)) > 10 * CLOSE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", TABLES)
 def test_grpo_as_published_reaches_its_own_optimum(seed):
     """Scores alone in the group, β k3 per token as a loss (Shao et al. 2024, eq. 3, 4): section 4 of docs/optima.md."""
-    reference, policy = train(seed, advantage="grpo", answers_per_prompt=4, steps=300, kl_in="loss", kl="k3")
-    target, missed = grpo_fixed_point(reference, reward_table(seed), 4)
+    how = {"advantage": "grpo", "answers_per_prompt": 4, "kl_in": "loss", "kl": "k3"}
+    reference, policy = train(seed, **GROUPS, **how)
+    target, missed = grpo_fixed_point(reference, SMALL.table(seed), 4)
     assert missed < 1e-9
-    after = total_variation(distribution(policy), target)
-    print(
-        f"table {seed}: TV {after:.4f}, {total_variation(target, optimum(reference, reward_table(seed))):.4f} from π*"
-    )
+    after = total_variation(SMALL.distribution(policy), target)
+    apart = total_variation(target, SMALL.optimum(reference, SMALL.table(seed)))
+    print(f"table {seed}: TV {after:.4f}, {apart:.4f} from π*")
     assert after <= CLOSE
 
 
@@ -297,20 +305,18 @@ def test_the_first_step_of_ppo_is_reinforce():
     options = replace(
         OPTIONS, rollout_size=64, minibatch_size=64, microbatch_size=16, epochs=1, whiten_advantages=False
     )
-    policy, table = language_model(3).double(), reward_table(3)
+    policy, table = language_model(3).double(), WORLD.table(3)
     reference = copy.deepcopy(language_model(4)).double()
-    roles = Roles(policy, reference, ValueModel.from_trunk(policy.trunk).double().eval(), None)
+    roles = Roles(
+        policy, reference, ValueModel.from_trunk(policy.trunk).double().eval(), lambda r: WORLD.scores(r, table)
+    )
     torch.nn.init.normal_(roles.value_model.score.weight, generator=generator(0, "head"))
-
-    def score(rollout):
-        answers = torch.nn.functional.pad(rollout.responses, (0, R - rollout.responses.shape[1]), value=EOS)
-        return table[[CODE[tuple(row)] for row in answers.tolist()]]
 
     prompts = PROMPT.repeat(64, 1)
     plan = lambda n: epoch_plans(n, options, 0, 1)  # noqa: E731
     rollout = collect(
-        roles._replace(score=score), prompts, torch.ones_like(prompts, dtype=torch.bool), eos_token_id=EOS,
-        pad_token_id=EOS, max_new_tokens=R, temperature=1.0, rng=generator(0, "sample"),
+        roles, prompts, torch.ones_like(prompts, dtype=torch.bool), eos_token_id=EOS,
+        pad_token_id=EOS, max_new_tokens=WORLD.R, temperature=1.0, rng=generator(0, "sample"),
         partition=lambda n: list(chain(*plan(n)[0])),
     )  # fmt: skip
     total, count = 0.0, 0
@@ -319,7 +325,7 @@ def test_the_first_step_of_ppo_is_reinforce():
         ids = torch.cat([PROMPT[0], rollout.responses[b, :n]])[None]
         logp, logq = (m(ids)[0, 1:-1].log_softmax(1)[range(n), ids[0, 2:]] for m in (policy, reference))
         V = roles.value_model(ids)[0, 1:-1].detach()
-        to_go = score(rollout)[b] - BETA * (logp - logq).detach().flip(0).cumsum(0).flip(0)
+        to_go = WORLD.scores(rollout, table)[b] - BETA * (logp - logq).detach().flip(0).cumsum(0).flip(0)
         total, count = total - ((to_go - V) * logp).sum(), count + n
     expected = torch.autograd.grad(total / count, list(policy.parameters()))
     before = [p.detach().clone() for p in policy.parameters()]

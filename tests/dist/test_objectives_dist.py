@@ -1,0 +1,24 @@
+"""PPO without a critic, beside texts, under two ranks: the same numbers as one process."""
+
+import pytest
+from test_scripts import TINY, script
+from test_scripts_dist import assert_same_run, torchrun
+
+ARGV = [
+    "--run.steps", "2", "--ppo.rollout_size", "16", "--ppo.minibatch_size", "8", "--ppo.microbatch_size", "2",
+    "--reward.fn", "taste:brief", "--ppo.advantage", "rloo", "--ppo.answers_per_prompt", "4", "--ppo.kl_in", "loss",
+    "--ppo.kl", "k3", "--ppo.loss_mean", "answer", "--ppo.policy_loss", "gspo", "--ppo.ptx_coef", "2", "--ppo.ema",
+    "0.9", "--data.size", "200",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["none", "mini", "torch"])
+def test_two_ranks_are_one_process(tmp_path, engine):
+    script("sft", *TINY["sft"], cwd=tmp_path)
+    (tmp_path / "taste.py").write_text(
+        "def brief(prompts, responses):\n    return [-float(len(r)) for r in responses]\n"
+    )
+    script("ppo", *ARGV, "--run.dir", "one", cwd=tmp_path)
+    torchrun("ppo", 2, *ARGV, "--run.engine", engine, "--run.dir", "two", cwd=tmp_path)
+    assert_same_run(tmp_path / "two", tmp_path / "one")

@@ -142,7 +142,7 @@ def test_the_answers_are_all_there_are():
 
 def test_ppo_reaches_the_optimum():
     """One table; the other nine with -m slow."""
-    before, after = distance(2, steps=120)
+    before, after = distance(2)
     assert before > 0.2
     assert after <= CLOSE
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 from minirlhf import dist, stage
@@ -29,13 +30,14 @@ from minirlhf.optim import adamw, keep_mean, lr_factor, set_lr
 from minirlhf.ppo import epoch_plans, ppo_iteration, require_finite, rollout_metrics, score_answers, score_moments
 from minirlhf.probe import TextScore, write_probe
 from minirlhf.ptx import Corpus
-from minirlhf.reward import AdaptiveKL, FixedKL
+from minirlhf.reward import AdaptiveKL, FixedKL, load_reward_fn
 from minirlhf.rng import generator
 from minirlhf.rollout import Partition, Roles, Rollout, collect, save_rollout
 from minirlhf.run import Run, Snapshot, run_script, write_json
 
 SHOWN = (0, 10, 16, 100)  # iterations after which the same prompts are answered for the report, and the last one
 PROBED = 64  # ordinary answers, against which the reward model's opinion of degenerate ones is held
+MEASURED = 256  # answers that ppo.metric_fn judges at once
 EXAM = 1024  # answers that are drawn before the first and after the last iteration
 WORDS = ("objective/scores", "gold/score", "objective/kl", "response/length_mean", "tokens_per_s")
 
@@ -47,11 +49,11 @@ def main(config: PPOConfig, run: Run) -> None:
     engine = Engine(c.run, [roles.policy, roles.ref_policy, roles.value_model, roles.reward_model])
     roles = roles._replace(gathered=engine.gathered)
     texts, prompts = stage.ppo_prompts(c, run, loaded)
-    corpus = Corpus(c, run, loaded, engine)
     gold, sampling, limits = stage.gold_reward(c), stage.sampling(c, loaded), Limits(p.kl_target, stage.score_limit(c))
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
                    device=c.run.device)  # fmt: skip
 
+    corpus, measure = Corpus(c, run, loaded, engine), measured(c, loaded, exam, prompts)
     trained = {"policy": roles.policy} | ({"value_model": roles.value_model} if roles.value_model else {})
     named = chain.from_iterable(model.named_parameters(role) for role, model in trained.items())
     optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
@@ -92,7 +94,7 @@ def main(config: PPOConfig, run: Run) -> None:
                 longest=c.sample.max_new_tokens, impl=c.run.impl, clip=engine.clip, precision=engine.precision,
                 ptx=corpus.beside(step),
             )  # fmt: skip
-            metrics |= corpus.perplexity(step) | {"lr": lr, "objective/kl_coef": beta.coef,
+            metrics |= corpus.perplexity(step) | measure(step) | {"lr": lr, "objective/kl_coef": beta.coef,
                                                   "episode": step * p.rollout_size}  # fmt: skip
             beta.update(metrics["objective/kl"], p.rollout_size)
             done = time.perf_counter()
@@ -121,6 +123,28 @@ def look_first(
     if c.reward.fn == "human":  # a person is asked about six answers, not about a thousand
         return
     write_json(run.folder / "evaluation.json", {"before": summary(exam(repeated(prompts, EXAM)))})
+
+
+def measured(
+    config: PPOConfig, loaded: stage.Loaded, exam: Callable[..., list[Any]], prompts: list[list[int]]
+) -> Callable[[int], dict[str, float]]:
+    """By ppo.metric_fn, of answers to the held-out prompts of the file, or to all where none are; for the log alone."""
+    c, p = config, config.ppo
+    if not p.metric_fn:
+        return lambda step: {}
+    function, every = load_reward_fn(p.metric_fn, key="ppo.metric_fn"), p.eval_every or max(1, c.run.steps // 10)
+    if c.data.path and c.data.holdout and not p.prompts:
+        quiet: Any = SimpleNamespace(dropped=[], say=lambda words: None)
+        prompts = stage.ppo_prompts(c, quiet, loaded, held_out=True)[1]
+
+    def measure(step: int) -> dict[str, float]:
+        if step % every and step != c.run.steps:
+            return {}
+        records = exam(repeated(prompts, MEASURED))
+        values = function([r["prompt"] for r in records], [r["response"] for r in records])
+        return {"eval/metric": sum(values) / len(values)}
+
+    return measure
 
 
 def watch(run: Run, step: int, limits: Limits) -> None:

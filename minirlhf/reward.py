@@ -98,35 +98,35 @@ class AdaptiveKL:
         self.coef *= factor
 
 
-def load_reward_fn(name: str) -> RewardFn:
+def load_reward_fn(name: str, *, key: str = "reward.fn") -> RewardFn:
     """The function that `module:function` names, found on the path or in the current folder; every call is checked.
-    `human` asks a person.
+    `human` asks a person. `key` is the setting that errors speak of.
 
     Raises UsageError.
     """
     name = "minirlhf.human:reward" if name == "human" else name
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise UsageError(f"reward.fn {name!r} is not module:function")
+        raise UsageError(f"{key} {name!r} is not module:function")
     try:
         with _current_folder():
             module = importlib.import_module(module_name)
     except Exception as error:
-        raise UsageError(f"reward.fn {name!r}: importing {module_name} failed: {_said(error)}") from error
+        raise UsageError(f"{key} {name!r}: importing {module_name} failed: {_said(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UsageError(f"reward.fn {name!r}: {module_name} has no function {function_name}")
+        raise UsageError(f"{key} {name!r}: {module_name} has no function {function_name}")
 
     def checked(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         try:
             scores = [float(score) for score in function(prompts, responses)]
         except Exception as error:
-            raise UsageError(f"reward.fn {name!r} failed: {_said(error)}") from error
+            raise UsageError(f"{key} {name!r} failed: {_said(error)}") from error
         if len(scores) != len(responses):
-            raise UsageError(f"reward.fn {name!r} returned {len(scores)} scores for {len(responses)} responses")
+            raise UsageError(f"{key} {name!r} returned {len(scores)} scores for {len(responses)} responses")
         if not all(map(math.isfinite, scores)):
             bad = next(i for i, score in enumerate(scores) if not math.isfinite(score))
-            raise UsageError(f"reward.fn {name!r} returned {scores[bad]} for response {bad}: {responses[bad]!r}")
+            raise UsageError(f"{key} {name!r} returned {scores[bad]} for response {bad}: {responses[bad]!r}")
         return scores
 
     return checked

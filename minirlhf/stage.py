@@ -313,15 +313,15 @@ def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]
     return pairs[:n]
 
 
-def ppo_prompts(config: Any, run: Run, policy: Loaded) -> tuple[list[str], list[list[int]]]:
-    """PPO's prompts as texts and as tokens: those of the setting, of the data file, or of the built-in task; ones
-    without room are counted."""
+def ppo_prompts(config: Any, run: Run, policy: Loaded, *, held_out: bool = False) -> tuple[list[str], list[list[int]]]:
+    """PPO's prompts as texts and as tokens: those of the setting, of the data file less the last data.holdout (or these
+    alone), or of the built-in task; ones without room are counted."""
     if config.ppo.prompts:
         texts = list(config.ppo.prompts)
     elif not config.data.path:
         texts = review_world.prompts(config.data.language)
     else:
-        texts = [record.prompt for record in read(config, run)]
+        texts = [record.prompt for record in split(read(config, run), config.data.holdout)[held_out]]
         if not any(texts):
             raise DataError(f"{config.data.path}: its records have no prompts; give --ppo.prompts")
     room = (config.data.max_length or policy.model.config.max_seq_len) - config.sample.max_new_tokens

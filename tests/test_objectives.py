@@ -379,6 +379,23 @@ def test_best_by_without_a_direction_is_refused():
         load_config(PPOConfig, ["--run.best_by", "gold/score"])
 
 
+def test_a_metric_function_is_refused_beside_a_person():
+    with pytest.raises(UsageError, match="metric_fn"):
+        load_config(PPOConfig, ["--ppo.metric_fn", "a:b", "--reward.fn", "human"])
+
+
+def test_held_out_prompts_are_the_last_of_the_file_and_no_others(tmp_path):
+    lines = [json.dumps({"prompt": f"number {i}", "completion": "yes"}) for i in range(10)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    argv = ["--data.path", str(tmp_path / "data.jsonl"), "--data.holdout", "3", "--sample.max_new_tokens", "4"]
+    tokenizer = Tokenizer.train_chars(["number 0123456789 yes"])
+    sizes = ModelConfig(family="gpt2", vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, d_model=16, max_seq_len=32)
+    loaded = stage.Loaded(CausalLM(sizes), tokenizer, get_template("plain"), {})
+    how = load_config(PPOConfig, argv), SimpleNamespace(dropped=[], say=print), loaded
+    assert stage.ppo_prompts(*how)[0] == [f"number {i}" for i in range(7)]
+    assert stage.ppo_prompts(*how, held_out=True)[0] == [f"number {i}" for i in range(7, 10)]
+
+
 def test_a_metric_that_is_never_logged_is_named(tmp_path, capsys):
     argv = ["--run.steps", "1", "--run.dir", str(tmp_path / "run"), "--run.best_by", "max:gold/scroe"]
     run = Run(load_config(PPOConfig, argv), "ppo")
@@ -415,7 +432,10 @@ def run_and_resume(folder, name, *argv):
 
 
 def test_groups_go_through_the_script_and_resume_bit_for_bit(folder):
-    whole, cut = run_and_resume(folder, "groups", *GROUPS, "--ppo.save_rollouts", "1", "--ppo.ema", "0.9")
+    (folder / "own.py").write_text("def letters(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    measured = ["--ppo.metric_fn", "own:letters", "--ppo.eval_every", "2", "--run.best_by", "min:eval/metric"]
+    whole, cut = run_and_resume(folder, "groups", *GROUPS, *measured, "--ppo.save_rollouts", "1", "--ppo.ema", "0.9")
+    assert [line.get("eval/metric", 0) > 0 for line in metrics(whole)] == [False, True, False, True]
     mean, last = (load_causal_lm(whole / name).state_dict() for name in ("final/ema", "final"))
     assert any((mean[name] != last[name]).any() for name in last)
     assert digests(whole / "final/ema") == digests(cut / "final/ema")

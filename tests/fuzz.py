@@ -187,7 +187,7 @@ def read_tokenizer(path: Path) -> None:
         try:
             ids = tokenizer.encode(text)
         except DataError as e:  # about the text, not the file
-            if "no <unk>" not in str(e):
+            if not str(e).startswith("text "):
                 raise
             continue
         assert all(0 <= i < tokenizer.vocab_size for i in ids)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from minirlhf.products import product
 
-ROWS = 2048  # rows of logits that `head_stats` holds at once, at most
+ROWS, COLS = 2048, 8192  # of the logits that `head_stats` holds at once, at most
 BUDGET = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}  # their bytes in fp32: what caches hold, or what launches cost
 LOWEST = -1e30  # for -inf, which would make 0·(-inf) of what is excluded
 
@@ -315,7 +315,7 @@ def _take_out(z: Tensor, m: Tensor) -> Tensor:  # (n, v), (n,) → (n,)
 def _tiles(N: int, V: int, device: str) -> Iterator[tuple[slice, slice]]:  # rows, columns
     """Within the budget; a quarter of the rows at most, so that no tile is the whole. Depends on shapes alone."""
     n = max(1, min(ROWS, -(-N // 4)))
-    v = max(1, BUDGET["cpu" if device == "cpu" else "cuda"] // (4 * n))
+    v = max(1, min(COLS, BUDGET["cpu" if device == "cpu" else "cuda"] // (4 * n)))
     for start in range(0, V, v):
         for row in range(0, N, n):
             yield slice(row, min(row + n, N)), slice(start, min(start + v, V))

@@ -52,10 +52,10 @@ def main(config: PPOConfig, run: Run) -> None:
     gold, sampling, limits = stage.gold_reward(c), stage.sampling(c, loaded), Limits(p.kl_target, stage.score_limit(c))
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
                    device=c.run.device)  # fmt: skip
-
     corpus, measure = Corpus(c, run, loaded, engine), measured(c, loaded, exam, prompts)
+
     trained = {"policy": roles.policy} | ({"value_model": roles.value_model} if roles.value_model else {})
-    named = chain.from_iterable(model.named_parameters(role) for role, model in trained.items())
+    named = (pair for role, model in trained.items() for pair in model.named_parameters(role))
     optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
     keep_mean(optimizer, roles.policy, p.ema)
     start, tensors, state = run.restore() or (0, {}, {"kl_coef": p.kl_coef})
@@ -94,8 +94,9 @@ def main(config: PPOConfig, run: Run) -> None:
                 longest=c.sample.max_new_tokens, impl=c.run.impl, clip=engine.clip, precision=engine.precision,
                 ptx=corpus.beside(step),
             )  # fmt: skip
-            metrics |= corpus.perplexity(step) | measure(step) | {"lr": lr, "objective/kl_coef": beta.coef,
-                                                  "episode": step * p.rollout_size}  # fmt: skip
+            metrics |= corpus.perplexity(step) | measure(step) | {
+                "lr": lr, "objective/kl_coef": beta.coef, "episode": step * p.rollout_size
+            }  # fmt: skip
             beta.update(metrics["objective/kl"], p.rollout_size)
             done = time.perf_counter()
             metrics |= {"time/rollout_s": collected - began, "time/update_s": done - collected,

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from tolerance import assert_close, fp32
+from tolerance import assert_close
 
 from minirlhf import stage
 from minirlhf.adapt import reward_model, sft_model
@@ -26,6 +26,7 @@ from minirlhf.templates import get_template
 from minirlhf.tokenizer import Tokenizer
 
 peft = pytest.importorskip("peft")
+TWO_LIBRARIES = {"rtol": 1e-5, "atol": 1e-5}  # fp32, products in another order
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -104,10 +105,10 @@ def test_theirs_here(family, task, tmp_path):
     assert torch.equal(our_output(ours), before)
     expected = their_output(adapted)
     with use_adapter(ours, "a"):
-        assert_close(our_output(ours), expected, fp32)
+        assert_close(our_output(ours), expected, TWO_LIBRARIES)
     assert (expected - before).abs().max() > 0.01
     merge_adapter(ours, "a")
-    assert_close(our_output(ours), their_output(adapted.merge_and_unload()), fp32)
+    assert_close(our_output(ours), their_output(adapted.merge_and_unload()), TWO_LIBRARIES)
 
 
 @pytest.mark.parametrize(("family", "task"), CASES)
@@ -122,7 +123,7 @@ def test_ours_there(family, task, tmp_path):
         expected = our_output(ours)
     save_adapter(ours, "a", tmp_path / "adapter", base=str(tmp_path / "base"))
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-    assert_close(their_output(adapted), expected, fp32)
+    assert_close(their_output(adapted), expected, TWO_LIBRARIES)
     assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
     again = tmp_path / "again"
     adapted.save_pretrained(again)
@@ -140,7 +141,7 @@ def test_base_is_found_by_name(task, tmp_path):
     auto = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_CLS": "AutoPeftModelForSequenceClassification"}[task]
     adapted = getattr(peft, auto).from_pretrained(tmp_path / "adapter").eval()
     with use_adapter(ours, "a"):
-        assert_close(their_output(adapted), our_output(ours), fp32)
+        assert_close(their_output(adapted), our_output(ours), TWO_LIBRARIES)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
@@ -150,7 +151,7 @@ def test_rslora(family, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     load_adapter(ours, tmp_path / "adapter", "a")
     with use_adapter(ours, "a"):
-        assert_close(our_output(ours), their_output(adapted), fp32)
+        assert_close(our_output(ours), their_output(adapted), TWO_LIBRARIES)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*(q_proj|c_attn|query_key_value)", r".*\.1\..*(proj|dense)"])
@@ -179,5 +180,5 @@ def test_the_folder_of_a_stage(task, tmp_path):
     auto = "AutoPeftModelForCausalLM" if task == "CAUSAL_LM" else "AutoPeftModelForSequenceClassification"
     extra = {} if task == "CAUSAL_LM" else {"num_labels": 1}
     theirs = getattr(peft, auto).from_pretrained(tmp_path / "final", **extra).eval()
-    assert_close(their_output(theirs), our_output(ours), fp32)
+    assert_close(their_output(theirs), our_output(ours), TWO_LIBRARIES)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "final")("abc").input_ids == tokenizer.encode("abc")

@@ -216,7 +216,7 @@ def _from_json(name: str, data: dict[str, Any]) -> Template:
     parts: dict[str, Any] = {}
     for key, value in data.items():
         if key not in known:
-            raise UsageError(f"data.template {name}: unknown key {key!a}; known: {', '.join(known)}")
+            raise UsageError(f"data.template {name}: unknown key {shown(key)}; known: {', '.join(known)}")
         if isinstance(known[key], bool | str):
             fits, wanted = type(value) is type(known[key]), type(known[key]).__name__
         else:

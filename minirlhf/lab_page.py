@@ -56,10 +56,9 @@ def gain(run: RunFiles) -> float:
 
 
 def halved(run: RunFiles) -> float:
-    """The first iteration from which on answers are at most half as long as at first; infinite: none."""
+    """The first iteration whose answers are at most half as long as at first; infinite: none."""
     lengths = series(run, LENGTH)
-    long = [i for i, x in enumerate(lengths, 1) if x > lengths[0] / 2]
-    return long[-1] + 1 if long[-1] < len(lengths) else math.inf
+    return next((float(i) for i, x in enumerate(lengths, 1) if x <= lengths[0] / 2), math.inf)
 
 
 def mean_of(metric: str) -> Value:
@@ -267,12 +266,12 @@ def share_of_good(run: RunFiles) -> float:
 def show_weak(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
     """Lengths, gold, and how much of the good reward model's gold each cure reaches."""
     good, weak, hard = (rows[WEAK_JOBS[job]] for job in ("ppo-good", "ppo-weak", "ppo-weak-hard"))
-    columns = OUTCOME | {"of the good one's gold": share_of_good, "half as long from iteration": halved}
+    columns = OUTCOME | {"of the good one's gold": share_of_good, "half as long at iteration": halved}
     steps = [halved(run) for run in weak]
     share = fmean(map(end("gold"), hard)) / fmean(map(end("gold"), good))
     claims = [
         Claim("the weak reward model halves the length within 30 iterations, in every seed",
-              f"from iteration {', '.join(number(x) for x in steps)}", all(x <= 30 for x in steps)),
+              f"at iteration {', '.join(number(x) for x in steps)}", all(x <= 30 for x in steps)),
         Claim("hard negatives bring back 70 % of the good reward model's gold", f"{share:.0%}", share >= 0.7),
     ]  # fmt: skip
     return [

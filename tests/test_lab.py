@@ -59,11 +59,10 @@ def test_every_job_belongs_to_a_scenario():
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 
-def test_halved_from_the_iteration_after_the_last_long_answer():
+def test_halved_at_the_first_iteration_of_half_the_length():
     lengths = lambda *x: run(**{"response/length_mean": x})  # noqa: E731
-    assert halved(lengths(10.0, 7.0, 5.0, 4.0)) == 3
-    assert halved(lengths(10.0, 4.0, 6.0, 5.0)) == 4
-    assert halved(lengths(10.0, 4.0, 6.0)) == math.inf
+    assert halved(lengths(10.0, 7.0, 5.0, 6.0)) == 3
+    assert halved(lengths(10.0, 5.5, 6.0)) == math.inf
 
 
 def test_gain_counts_in_deviations_of_the_first_scores():

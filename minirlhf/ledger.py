@@ -265,7 +265,7 @@ def show(args: argparse.Namespace, settings: list[str]) -> int:
         raise UsageError(f"{settings[0]}: settings can be changed with --replay alone")
     config = load_config(PPOConfig, [str(run / "config.json"), *settings])
     changed = [word[2:].partition("=")[0] for word in settings if word.startswith("--")]
-    prepare_torch(config.run)
+    prepare_torch(config)
     r = replay(config, path, changed)
     logged = next((line for line in read_lines(run / "metrics.jsonl") if line["step"] == args.step), {})
     if not args.replay:

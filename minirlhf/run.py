@@ -295,7 +295,7 @@ def run_script(
         if config.run.dry_run and dry_run:
             print(dry_run(config, name))  # noqa: T201
             return 0
-        prepare_torch(config.run)
+        prepare_torch(config)
         run = Run(config, name)
         if run.nothing_to_do:
             run.say(f"{run.folder} is finished; nothing to resume")
@@ -325,8 +325,9 @@ def complain(error: object, code: int, config: Any) -> int:
     return code
 
 
-def prepare_torch(run: Any) -> None:
+def prepare_torch(config: Any) -> None:
     """Device, threads and exactness, before any tensor is made."""
+    run = config.run
     if run.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"run.device {run.device}: no CUDA device is available; use --run.device cpu")
     try:
@@ -335,8 +336,9 @@ def prepare_torch(run: Any) -> None:
         raise UsageError(f"run.device {run.device!r} is no device; use cpu, cuda or cuda:N") from e
     if ":" in run.device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(f"run.device {run.device}: with several ranks use cuda; each takes the GPU of its number")
-    if run.threads:
-        torch.set_num_threads(run.threads)
+    built_in = not config.data.path and not getattr(getattr(config, "ppo", None), "prompts", ())
+    if run.threads or built_in:
+        torch.set_num_threads(run.threads or 1)  # the built-in task's products are too small to be shared
     torch.set_float32_matmul_precision("highest")
     dist.start(run.device)
 

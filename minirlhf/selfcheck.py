@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config: Any = None
     try:
         config = load_config(PPOConfig, argv)
-        prepare_torch(config.run)
+        prepare_torch(config)
         if config.reward.fn == "human":
             raise UsageError("reward.fn human: a self-check asks nobody; leave it out, or give a reward.path")
         roles, loaded, _ = stage.ppo_roles(config)

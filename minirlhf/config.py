@@ -42,7 +42,7 @@ class RunSection:
     engine: str = key("none", "sharding over ranks", choices=("none", "mini", "torch"))
     checkpoint_activations: bool = key(False, "run blocks again in the backward pass, keep no activations")
     impl: str = key("auto", "body of the fused head", choices=("auto", "torch", "triton"))
-    threads: int = key(0, "CPU threads; 0: torch's default, one on the built-in task. Equal numbers need equal threads", low=0)
+    threads: int = key(0, "CPU threads; 0: torch's own, 1 on the built-in task; equal bits need equal threads", low=0)
     resume: bool = key(False, "go on from the newest checkpoint that verifies")
     save_every: int = key(0, "steps between checkpoints; 0: only at the end and on a signal", low=0)
     keep: int = key(2, "checkpoints kept", low=1)

@@ -317,9 +317,7 @@ def test_without_a_gradient_no_slope_is_made(monkeypatch, needed):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-@pytest.mark.parametrize(
-    ("N", "V"), [(1, 5), (2, 5), (100, 7), (1000, 500), (3000, 30_000), (9, 300_000), (50_000, 9)]
-)
+@pytest.mark.parametrize(("N", "V"), [(1, 5), (2, 5), (100, 7), (1000, 500), (3000, 30_000), (9, 300_000), (50_000, 9)])
 def test_tiles_cover_every_logit_once(N, V, device):
     rows, columns = set(), {}
     for row, col in ops._tiles(N, V, device):

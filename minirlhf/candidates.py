@@ -22,6 +22,7 @@ from minirlhf.formats import read_records
 from minirlhf.generate import generate
 from minirlhf.pretrained import load_causal_lm
 from minirlhf.rng import generator
+from minirlhf.run import complain
 
 ROUNDS = 8  # of K answers each, before a prompt that has not K different ones goes with those it has
 AT_ONCE = 128  # answers of one forward
@@ -124,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(run(args), file=sys.stderr)  # noqa: T201
         return 0
     except (UserError, NonFiniteError) as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)  # noqa: T201
-        return e.exit_code
+        return complain(e, e.exit_code, None)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from minirlhf.model import Cache, CausalLM
 from minirlhf.page import spelled
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.rng import generator
+from minirlhf.run import complain
 
 MAX_NEW_TOKENS = 256  # unless half of the model's positions are fewer
 Turn = tuple[str, str]  # role, text
@@ -236,8 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         converse([speaker(path, args) for path in args.folders], judge, args.seed)
         return 0
     except (UserError, NonFiniteError) as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)  # noqa: T201
-        return e.exit_code
+        return complain(e, e.exit_code, None)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # who read the answers has left

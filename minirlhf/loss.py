@@ -4,6 +4,7 @@ What goes wrong: reducing here. The mean of two microbatches' means gives a toke
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ def policy_loss(
     ε_high > ε_low lets unlikely tokens grow further (Yu et al. 2025, DAPO, arXiv 2503.14476, section 3.1): for a policy
     whose entropy collapses.
     """
-    low, high = _bounds(clip_range)
-
-    def formula(logprobs: Tensor, old_logprobs: Tensor, A: Tensor) -> Tensor:
-        ratio = torch.exp(logprobs - old_logprobs)
-        return -torch.minimum(ratio * A, ratio.clamp(low, high) * A)
-
+    formula = partial(_clipped_surrogate, clip_range=clip_range)
     return _per_token(formula, logprobs, old_logprobs, advantages)
+
+
+def _clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, A: Tensor, clip_range: ClipRange) -> Tensor:  # (B, R)
+    ratio, (low, high) = torch.exp(logprobs - old_logprobs), _bounds(clip_range)
+    return -torch.minimum(ratio * A, ratio.clamp(low, high) * A)
 
 
 def dual_clip_loss(
@@ -52,7 +53,7 @@ def dual_clip_loss(
     that are many updates old, where one exploding ρ would rule the step."""
 
     def formula(logprobs: Tensor, old_logprobs: Tensor, A: Tensor) -> Tensor:
-        loss = policy_loss(logprobs, old_logprobs, A, clip_range=clip_range)
+        loss = _clipped_surrogate(logprobs, old_logprobs, A, clip_range)
         return torch.where(A < 0, torch.minimum(loss, -dual_clip * A), loss)
 
     return _per_token(formula, logprobs, old_logprobs, advantages)

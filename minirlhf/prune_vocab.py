@@ -26,6 +26,7 @@ from minirlhf.errors import CheckpointError, UsageError, UserError
 from minirlhf.formats import read_records
 from minirlhf.model import CausalLM
 from minirlhf.pretrained import load_causal_lm, save_pretrained
+from minirlhf.run import complain
 from minirlhf.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -176,8 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(prune(args.model, args.out, args.corpus, args.tokenizer))  # noqa: T201
         return 0
     except UserError as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)  # noqa: T201
-        return e.exit_code
+        return complain(e, e.exit_code, None)
 
 
 if __name__ == "__main__":

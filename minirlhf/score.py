@@ -24,6 +24,7 @@ from minirlhf.errors import DataError, UserError
 from minirlhf.evaluate import ranking_accuracy, score_sequences
 from minirlhf.formats import read_records
 from minirlhf.pretrained import load_reward_model
+from minirlhf.run import complain
 
 
 def read(args: argparse.Namespace) -> tuple[list[Any], Any]:
@@ -123,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, words = e.exit_code, str(e)
     except OSError as e:
         code, words = 3, f"{e.filename or args.path}: {e.strerror or e}"
-    print("error: " + " ".join(words.split()), file=sys.stderr)  # noqa: T201
-    return code
+    return complain(words, code, None)
 
 
 if __name__ == "__main__":

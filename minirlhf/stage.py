@@ -259,6 +259,9 @@ def sft_records(config: Any, run: Run) -> tuple[list[Any], list[Any]]:
     train, held_out = split(read(config, run), data.holdout)
     how = config.sft
     if how.objective == "imitate":
+        bare = sum(not hasattr(record, "response") and not hasattr(record, "responses") for record in train)
+        if bare:
+            run.say(f"data: {bare} of {len(train)} records have no answer and are learnt whole, as plain texts")
         return texts_of(train), texts_of(held_out)
     learn = partial(judged, objective=how.objective, temperature=how.temperature, good=how.good, bad=how.bad)
     return learn(train), [answer for answer in learn(held_out) if answer.weight > 0]

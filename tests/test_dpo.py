@@ -1,10 +1,11 @@
 """DPO: the fourth script, its pairs and its log-probs."""
 
 import math
+import shutil
 
 import pytest
 import torch
-from test_scripts import TINY, metrics, script
+from test_scripts import metrics, script
 
 from minirlhf.data import encode_pairs
 from minirlhf.errors import DataError
@@ -53,8 +54,8 @@ def test_log_probs_of_answers_are_those_of_each_answer_alone():
         torch.testing.assert_close(sum_.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_dpo_starts_at_ln_2_and_runs_again_bit_for_bit(tmp_path):
-    script("sft", *TINY["sft"], cwd=tmp_path)
+def test_dpo_starts_at_ln_2_and_runs_again_bit_for_bit(tmp_path, stages):
+    shutil.copytree(stages, tmp_path, dirs_exist_ok=True)
     tiny = ["--data.size", "64", "--dpo.minibatch_size", "16", "--dpo.microbatch_size", "8",
             "--optim.warmup_steps", "1", "--run.log_every", "1", "--run.steps", "6"]  # fmt: skip
     said = script("dpo", *tiny, cwd=tmp_path)

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from test_scripts import TINY, metrics, script
+from test_scripts import metrics, script
 
 from minirlhf.errors import DataError
 from minirlhf.feedback import judged
@@ -63,12 +63,12 @@ def test_without_judgement_there_is_nothing_to_learn():
         judged([SFT("q", "a")], "chosen", **HOW)
 
 
-def test_the_script_learns_from_ranked_answers(tmp_path):
+def test_the_script_learns_from_ranked_answers(tmp_path, stages):
     rows = [{"prompt": "the film", "responses": ["is lovely", "is awful"], "ranks": [1, 2]}] * 8
     (tmp_path / "ranked.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    script("sft", *TINY["sft"], cwd=tmp_path)
-    more = ["--model.path", "runs/sft/final", "--data.path", "ranked.jsonl", "--run.log_every", "1", "--run.steps", "8",
-            "--sft.minibatch_size", "8", "--sft.microbatch_size", "4", "--optim.warmup_steps", "1"]  # fmt: skip
+    more = ["--model.path", stages / "runs/sft/final", "--data.path", "ranked.jsonl", "--run.log_every", "1",
+            "--run.steps", "8", "--sft.minibatch_size", "8", "--sft.microbatch_size", "4",
+            "--optim.warmup_steps", "1"]  # fmt: skip
     said = {}
     for objective in ("chosen", "unlikelihood", "rwr", "awr"):
         script("sft", *more, "--sft.objective", objective, "--run.dir", objective, cwd=tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_scripts import ENV, TINY, script
+from test_scripts import ENV, script
 from tolerance import assert_close, fp32
 
 from minirlhf.config import PPOConfig, load_config
@@ -25,11 +25,10 @@ RUNS = ("", "oai2019", "trl-v2", "dschat")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, stages):
     """Tiny runs under four presets."""
     cwd = tmp_path_factory.mktemp("ledger")
-    for name in ("sft", "rm"):
-        script(name, *TINY[name], cwd=cwd)
+    shutil.copytree(stages, cwd, dirs_exist_ok=True)
     for name in RUNS:
         preset = ["--ppo.preset", name] if name else []
         said = script("ppo", *SMALL, *preset, "--run.dir", f"run-{name}", cwd=cwd)

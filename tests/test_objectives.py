@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_ppo import iterate, weights
 from test_rollout import OPTIONS, roles_of, roll
-from test_scripts import ENV, TINY, digests, metrics, script
+from test_scripts import ENV, digests, metrics, script
 from tolerance import assert_close, exact, fp64
 
 from minirlhf import stage
@@ -411,10 +411,10 @@ GROUPS = ["--ppo.rollout_size", "8", "--ppo.minibatch_size", "4", "--ppo.microba
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, stages):
     """SFT, and a reward of texts."""
     cwd = tmp_path_factory.mktemp("objectives")
-    script("sft", *TINY["sft"], cwd=cwd)
+    shutil.copytree(stages, cwd, dirs_exist_ok=True)
     (cwd / "taste.py").write_text("def brief(prompts, responses):\n    return [-float(len(r)) for r in responses]\n")
     return cwd
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 TINY = {
     "sft": ["--run.steps", "30", "--data.size", "600", "--optim.warmup_steps", "3"],
     "rm": ["--run.steps", "12", "--data.size", "200", "--optim.warmup_steps", "2", "--rm.minibatch_size", "32",
-           "--rm.microbatch_size", "32"],
+           "--rm.microbatch_size", "32", "--rm.eval_every", "6"],
     "ppo": ["--run.steps", "3", "--ppo.rollout_size", "16", "--ppo.minibatch_size", "8", "--ppo.microbatch_size", "8"],
 }  # fmt: skip
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -101,7 +101,7 @@ def test_a_resolved_config_is_a_config(pipeline):
     assert digests(cwd / "again/final") == digests(cwd / "runs/sft/final")
 
 
-@pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "rm")), "ppo"])
 def test_a_killed_run_resumes_bit_for_bit(pipeline, name, tmp_path):
     cwd, _ = pipeline
     argv = [*TINY[name], "--run.save_every", "1", "--run.log_every", "1", "--run.dir"]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scripts import ENV, TINY, script
+from test_scripts import ENV
 
 from minirlhf import stage
 from minirlhf.config import PPOConfig, load_config
@@ -16,12 +16,9 @@ from minirlhf.selfcheck import CHECKS, prepare
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(stages):
     """runs/sft/final and runs/rm/final of tiny runs."""
-    cwd = tmp_path_factory.mktemp("selfcheck")
-    for name in ("sft", "rm"):
-        script(name, *TINY[name], cwd=cwd)
-    return cwd / "runs"
+    return stages / "runs"
 
 
 def parts(folders):

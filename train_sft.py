@@ -9,6 +9,7 @@ prompt are plain texts, of which every token counts.
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ from minirlhf.fit import fit
 from minirlhf.loss import imitation_loss
 from minirlhf.masked import masked_sum
 from minirlhf.memory import dry_run
+from minirlhf.optim import some_layers
 from minirlhf.pretrained import load_causal_lm
 from minirlhf.ptx import perplexity
+from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, target_stats
 from minirlhf.run import Run, run_script
 
@@ -63,7 +66,12 @@ def main(config: SFTConfig, run: Run) -> None:
         base = {} if c.data.path else {"base/perplexity": perplexity(loss)}  # the texts that PPO shall not forget
         return {"val/loss": loss, **base}
 
-    fit(run, engine, model, losses, validate, eval_every=c.sft.eval_every, words=("loss", "val/loss", "tokens_per_s"))
+    def learning(step: int) -> AbstractContextManager[None]:
+        n, drawn = c.sft.lisa_layers, generator(c.run.seed, "lisa", (step - 1) // c.sft.lisa_every)
+        return some_layers(model.trunk.blocks, n, drawn) if n else nullcontext()
+
+    fit(run, engine, model, losses, validate, eval_every=c.sft.eval_every, words=("loss", "val/loss", "tokens_per_s"),
+        learning=learning)  # fmt: skip
     whole = engine.whole(model)
     stage.conclude(run, lambda folder: stage.save(folder, whole, tokenizer, template))
 

@@ -195,7 +195,28 @@ def _check_same(lora: LoRASection, its: LoRAConfig, path: str) -> None:
 def sft_model(model: CausalLM, config: Any) -> CausalLM:
     """The model that SFT trains, under its dropout."""
     set_dropout(model, config.model.dropout)
-    return adapted(model, config, model) if uses_lora(model, config) else model
+    return freeze(adapted(model, config, model) if uses_lora(model, config) else model, config.model.freeze)
+
+
+def freeze(model: Any, pattern: str) -> Any:
+    """The model; parameters in whose name the regular expression is found learn no more. Raises UsageError where it is
+    no expression, finds nothing that learns, or leaves nothing."""
+    if not pattern:
+        return model
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    try:
+        found = {name for name in names if re.search(pattern, name)}
+    except re.error as e:
+        raise UsageError(f"model.freeze {pattern!r}: {e}") from e
+    if not found or len(found) == len(names):
+        raise UsageError(
+            f"model.freeze {pattern!r} is found in {len(found)} of {len(names)} trained parameters, such as {names[0]} "
+            f"and {names[-1]}; it must be in some and not in all"
+        )
+    for name, p in model.named_parameters():
+        if name in found:
+            p.requires_grad_(False)
+    return model
 
 
 def reward_model(policy: CausalLM, config: Any) -> RewardModel:
@@ -206,7 +227,7 @@ def reward_model(policy: CausalLM, config: Any) -> RewardModel:
     else:
         model = adapted(policy, config, RewardModel(policy.trunk, rng=rng))
     set_dropout(model, config.model.dropout)
-    return model
+    return freeze(model, config.model.freeze)
 
 
 def set_dropout(model: CausalLM | ScalarModel, p: float) -> None:

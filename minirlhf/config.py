@@ -72,6 +72,7 @@ class ModelSection:
     d_model: int = key(64, "width C", low=1)
     max_seq_len: int = key(64, "positions T", low=2)
     dropout: float = key(0.0, "dropout in SFT and RM; always off in PPO", low=0.0, high=0.99)
+    freeze: str = key("", r"regular expression of parameters that do not learn, e.g. embed|blocks\.[01]\.; empty: none")
     tokenizer: str = key("", "for a new model on own data: chars, bpe, or the path of a tokenizer.json; empty: chars")
     vocab_size: int = key(4096, "tokens of a BPE tokenizer trained on the data", low=260)
 
@@ -139,6 +140,8 @@ class SFTSection:
     temperature: float = key(0.5, "τ of the weights of rwr and awr, in units of merit", low=1e-3)
     good: str = key("[good] ", "conditional: words before the prompt of a good answer")
     bad: str = key("[bad] ", "conditional: words before the prompt of a bad one")
+    lisa_layers: int = key(0, "blocks that learn at a time, drawn anew every lisa_every steps (LISA); 0: all", low=0)
+    lisa_every: int = key(20, "steps until other blocks are drawn", low=1)
     minibatch_size: int = key(64, "sequences of one optimizer step, over all ranks", low=1)
     microbatch_size: int = key(64, "sequences of one forward, per rank", low=1)
     eval_every: int = key(0, "steps between validations; 0: ten in a run", low=0)
@@ -323,6 +326,10 @@ class SFTConfig:
         _check_common(self)
         if self.lora.r and not self.model.path:
             raise UsageError(f"lora.r {self.lora.r}: a new model has no base to freeze; give model.path, or lora.r 0")
+        if self.sft.lisa_layers and (self.lora.r or self.run.engine != "none"):
+            raise UsageError(
+                "sft.lisa_layers draws whole blocks of unsharded weights; set lora.r 0, run.engine none"
+            )
 
 
 @dataclass(frozen=True)

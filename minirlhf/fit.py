@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def fit(
     *,
     eval_every: int,  # steps; 0: ten times in a run
     words: Sequence[str],  # metrics of the terminal's line
+    learning: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),  # around its backward
 ) -> dict[str, float]:
     """Take run.steps optimizer steps of AdamW, from the newest checkpoint when the run is resumed; returns what
     `validate` said last."""
@@ -45,11 +47,12 @@ def fit(
     for step in run.steps(start, snapshot):
         began, loss, tokens = time.perf_counter(), 0.0, 0
         model.train()
-        for part, n in losses(step):
-            part.backward()
-            loss, tokens = loss + float(part.detach()), tokens + n
+        with learning(step):
+            for part, n in losses(step):
+                part.backward()
+                loss, tokens = loss + float(part.detach()), tokens + n
+            norm = float(engine.clip(model, o.max_grad_norm))
         loss, tokens = dist.all_sum(torch.tensor([loss, tokens], dtype=torch.float64)).tolist()
-        norm = float(engine.clip(model, o.max_grad_norm))
         lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=steps, final=o.final_lr)
         set_lr(optimizer, lr)
         with guard.step(step, engine.whole_in(model, lambda: list(losses(step)))):  # noqa: B023

@@ -1,7 +1,8 @@
 """AdamW's parameter groups, learning-rate schedules and gradient clipping."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,21 @@ def keep_mean(optimizer: torch.optim.Optimizer, model: nn.Module, decay: float) 
                 optimizer.state[p].setdefault("ema", p.detach().clone()).lerp_(p, 1 - decay)
 
     optimizer.register_step_post_hook(update)
+
+
+@contextmanager
+def some_layers(blocks: nn.ModuleList, n: int, rng: torch.Generator) -> Iterator[None]:
+    """LISA (Pan et al. 2024, arXiv 2403.17919, algorithm 1): n blocks, drawn without replacement, and all that is in
+    no block (embeddings, last norm, head) get gradients; the other blocks get none, so that AdamW passes them over."""
+    drawn = set(torch.randperm(len(blocks), generator=rng)[:n].tolist())
+    idle = [p for i, block in enumerate(blocks) if i not in drawn for p in block.parameters() if p.requires_grad]
+    for p in idle:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in idle:
+            p.requires_grad_(True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -20,6 +20,7 @@ from minirlhf.adapt import (
     VALUE,
     adapted,
     base_folder,
+    freeze,
     open_model,
     read_meta,
     uses_lora,
@@ -173,6 +174,7 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
     critic = value_model(policy, reward_model, c) if c.ppo.advantage == "gae" else None
     for model in filter(None, (policy, ref_policy, critic)):
         model.eval()  # no dropout: old and new log-probs must agree
+    freeze(policy, c.model.freeze)
     return Roles(policy, ref_policy, critic, score, reward_model), loaded._replace(model=policy), of_texts
 
 

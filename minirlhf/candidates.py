@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from minirlhf import review_world, stage
-from minirlhf.chat import answer_length, open_folder
+from minirlhf.chat import answer_length, before, open_folder
 from minirlhf.config import SampleSection
 from minirlhf.data import decode, left_padded
 from minirlhf.errors import DataError, NonFiniteError, UsageError, UserError
@@ -40,7 +40,13 @@ def read_prompts(path: str, language: str) -> list[str]:
 
 
 def candidates(
-    loaded: stage.Loaded, prompts: Sequence[str], k: int, sampling: dict[str, Any], seed: int, device: str = "cpu"
+    loaded: stage.Loaded,
+    prompts: Sequence[str],
+    k: int,
+    sampling: dict[str, Any],
+    seed: int,
+    device: str = "cpu",
+    stops: Sequence[str] = (),  # an answer ends before the first of these
 ) -> Iterator[list[str]]:
     """For each prompt up to k different answers, in the order in which they were drawn."""
     encoded = [loaded.template.prompt_ids(loaded.tokenizer, prompt) for prompt in prompts]
@@ -49,6 +55,12 @@ def candidates(
         if not 0 < len(ids) <= room:
             raise DataError(f"prompt {row + 1}: {len(ids)} tokens; 1 to {room} leave room for an answer")
     size = max(1, AT_ONCE // k)
+
+    def over(tokens: list[int]) -> bool:
+        text = loaded.tokenizer.decode(tokens)
+        return before(text, stops) != text
+
+    stop = over if stops else None
     for first in range(0, len(prompts), size):
         found: dict[int, list[str]] = {row: [] for row in range(first, min(first + size, len(prompts)))}
         for turn in range(ROUNDS):
@@ -57,8 +69,8 @@ def candidates(
                 break
             padded = left_padded([encoded[row] for row in rows], sampling["pad_token_id"], device)
             rngs = [generator(seed, "candidates", row, turn * k + i) for row in rows for i in range(k)]
-            made = generate(loaded.model, *padded, num_return_sequences=k, rng=rngs, **sampling)
-            texts = decode(made.tokens, made.mask, loaded.tokenizer)
+            made = generate(loaded.model, *padded, num_return_sequences=k, rng=rngs, stop=stop, **sampling)
+            texts = [before(text, stops) for text in decode(made.tokens, made.mask, loaded.tokenizer)]
             for i, row in enumerate(rows):
                 new = dict.fromkeys(text for text in texts[i * k : (i + 1) * k] if text.strip())
                 found[row] += [text for text in new if text not in found[row]]
@@ -80,9 +92,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=1.0, help="above 0 (default 1)")
     add("--top_k", type=int, default=0, help="draw from so many likeliest tokens; 0: off")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability; 1: off")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be repeated")
     add("--template", default="", help="prompt template (default: the model's own, plain where it has none)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     args = parser.parse_args(argv)
+    if not all(args.stop):
+        parser.error("--stop: an empty text ends every answer")
     limits = (("k", MIN_K, MAX_K), ("max_new_tokens", 0, 2**31), ("temperature", 1e-6, 1e6), ("top_k", 0, 2**31),
               ("top_p", 1e-9, 1.0))  # fmt: skip
     for name, low, high in limits:
@@ -101,7 +116,7 @@ def run(args: argparse.Namespace) -> str:
     counts = {"tasks": 0, "with fewer answers": 0, "prompts left out": 0}
     try:
         for prompt, answers in zip(
-            prompts, candidates(loaded, prompts, args.k, sampling, args.seed, args.device), strict=True
+            prompts, candidates(loaded, prompts, args.k, sampling, args.seed, args.device, args.stop), strict=True
         ):
             if len(answers) < MIN_K:
                 counts["prompts left out"] += 1

@@ -40,6 +40,7 @@ class Speaker:
     name: str
     loaded: stage.Loaded
     sampling: Sampling
+    stops: tuple[str, ...] = ()  # an answer ends before the first of these
     turns: list[Turn] = field(default_factory=list)
     place: int = 0  # lines answered in this conversation
 
@@ -76,16 +77,30 @@ class Speaker:
     def _pieces(self, ids: Sequence[int], rng: torch.Generator) -> Generator[str, None, str]:
         """Text as tokens complete it; the first bytes of a character wait for the rest."""
         tokens: list[int] = []
-        said = ""
+        said = text = ""
         for token in stream(self.loaded.model, ids, self.sampling, rng):
             tokens.append(token)
-            text = self.loaded.tokenizer.decode(tokens)
-            if text.startswith(said) and not text.endswith("\ufffd"):
-                yield text[len(said) :]
-                said = text
-        text = self.loaded.tokenizer.decode(tokens)
+            whole = self.loaded.tokenizer.decode(tokens)
+            text = before(whole, self.stops)
+            if text != whole:
+                break
+            sure = text[: len(text) - begun(text, self.stops)]
+            if sure.startswith(said) and not text.endswith("\ufffd"):
+                yield sure[len(said) :]
+                said = sure
         yield text.removeprefix(said)
         return text
+
+
+def before(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stop strings; all of it where there is none."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def begun(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end may be the beginning of a stop string."""
+    ends = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return max(ends, default=0)
 
 
 @torch.no_grad()
@@ -129,7 +144,7 @@ def speaker(path: str, args: argparse.Namespace) -> Speaker:
         longest, (stop,), args.temperature or 1.0, top_k=args.top_k, top_p=args.top_p,
         suppress_tokens=stage.never_drawn(loaded), do_sample=args.temperature > 0,
     )  # fmt: skip
-    return Speaker(path, loaded, sampling)
+    return Speaker(path, loaded, sampling, tuple(args.stop))
 
 
 def answer_length(loaded: stage.Loaded, asked: int, path: str) -> int:
@@ -215,10 +230,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token (default 1)")
     add("--top_k", type=int, default=0, help="draw from so many likeliest tokens; 0: off")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability; 1: off")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be repeated")
     add("--score", default="", metavar="FOLDER", help="a reward model that says what it thinks of each answer")
     add("--template", default="", help="prompt template (default: the model's own, plain where it has none)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     args = parser.parse_args(argv)
+    if not all(args.stop):
+        parser.error("--stop: an empty text ends every answer")
     limits = (("max_new_tokens", 0, 2**31), ("temperature", 0, 1e6), ("top_k", 0, 2**31), ("top_p", 1e-9, 1.0))
     for name, low, high in limits:
         if not low <= getattr(args, name) <= high:

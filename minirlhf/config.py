@@ -327,9 +327,7 @@ class SFTConfig:
         if self.lora.r and not self.model.path:
             raise UsageError(f"lora.r {self.lora.r}: a new model has no base to freeze; give model.path, or lora.r 0")
         if self.sft.lisa_layers and (self.lora.r or self.run.engine != "none"):
-            raise UsageError(
-                "sft.lisa_layers draws whole blocks of unsharded weights; set lora.r 0, run.engine none"
-            )
+            raise UsageError("sft.lisa_layers draws whole blocks of unsharded weights; set lora.r 0, run.engine none")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ token and its log-prob. One thing makes it reproducible: row r draws its uniform
 the cumulative distribution, so that its answer depends neither on its neighbours nor on the batch size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,8 +68,9 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
     do_sample: bool = True,
     num_return_sequences: int = 1,
     rng: torch.Generator | Sequence[torch.Generator] | None = None,  # one, or one per returned row; None: torch's own
+    stop: Callable[[list[int]], bool] | None = None,  # whether an answer of these tokens, its last one new, is over
 ) -> Generation:  # each (B · num_return_sequences, R), the answers to one prompt together
-    """Draw an answer to every prompt, until its EOS or max_new_tokens.
+    """Draw an answer to every prompt, until its EOS, max_new_tokens, or `stop` says so.
 
     Raises ValueError for prompts that are not left-padded or too long for the model, NonFiniteError for logits that
     are NaN or leave no token to draw.
@@ -86,7 +87,7 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
     model.eval()
     try:
         with prepared(model, len(input_ids) * num_return_sequences, max_new_tokens):
-            return _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng)
+            return _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
     finally:
         model.train(training)
 
@@ -119,6 +120,7 @@ def _decode(
     pad_token_id: int,
     n: int,  # answers per prompt
     rng: torch.Generator | Sequence[torch.Generator] | None,
+    stop: Callable[[list[int]], bool] | None,
 ) -> Generation:
     device, R = input_ids.device, sampling.max_new_tokens
     uniforms = row_uniforms(rng, len(input_ids) * n, R).to(device) if sampling.do_sample else None  # (B·n, R)
@@ -145,7 +147,11 @@ def _decode(
         token = draw(filtered(logits, sampling, t, seen), None if uniforms is None else uniforms[rows, t])  # (b,)
         tokens[rows, t], taken[rows, t] = token, True
         logprobs[rows, t] = token_logprobs(logits, token, temperature=sampling.temperature)
-        still = (token[:, None] != ends).all(-1).nonzero()[:, 0]  # (b',)
+        open_ = (token[:, None] != ends).all(-1)  # (b,)
+        if stop:
+            over = [stop(answer) for answer in tokens[rows, : t + 1].tolist()]
+            open_ &= ~torch.tensor(over, device=device)
+        still = open_.nonzero()[:, 0]  # (b',)
         if len(still) == 0 or t + 1 == R:
             break
         if len(still) < len(rows):

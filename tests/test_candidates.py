@@ -98,3 +98,11 @@ def test_prompts_that_do_not_fit_and_folders_that_are_none(make, tmp_path):
     assert make(folder="rm")[0] == 4
     (tmp_path / "texts.tsv").write_text("good\tbad\n")
     assert make("--prompts", tmp_path / "texts.tsv")[0] == 3
+
+
+def test_a_stop_text_ends_every_answer_before_it(make, tmp_path):
+    plain = make("--k", "4")[1]
+    word = plain[0]["responses"][0].split(" ")[1]
+    found = make("--k", "4", "--stop", f" {word}")[1]
+    assert any(f" {word}" in answer for task in plain for answer in task["responses"])
+    assert not any(f" {word}" in answer for task in found for answer in task["responses"])

@@ -192,6 +192,23 @@ def test_characters_of_several_tokens_wait_until_they_are_whole(monkeypatch):
     assert [p for p in pieces if p] == ["a", "é", "你", "b", "\ufffd"]
 
 
+def test_a_stop_text_ends_an_answer_before_it(talk, monkeypatch):
+    """Nothing of the stop text is seen, though it comes in pieces; what only looks like its beginning is not lost."""
+    whole = talk(FILM)[1][0].split(" ")
+    assert len(whole) > 4
+    code, out, _ = talk(FILM, "--stop", "never", "--stop", f" {whole[2]} {whole[3]}")
+    assert (code, out) == (0, [" ".join(whole[:2])])
+    fake = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: bytes(ids).decode()), model=None)
+    for raw, stops, pieces in (
+        (b"ab-c--d", ("--d",), ["a", "b", "-c", ""]),
+        (b"ab-c--e-", ("--d",), ["a", "b", "-c", "--e", "-"]),
+        (b"abcde", ("cdx", "de"), ["a", "b", "c"]),
+    ):
+        monkeypatch.setattr(chat, "stream", lambda *_, raw=raw: iter(raw))
+        found = list(chat.Speaker("x", fake, Sampling(20, (1,)), stops)._pieces([1], torch.Generator()))
+        assert [p for p in found if p] == [p for p in pieces if p]
+
+
 def test_a_pipe_gives_the_same_twice(folders):
     """As a program: stdout depends on folders, flags and input alone."""
     text = f"{FILM}\n{HOTEL}\nclear\n{FILM}\nquit\n{HOTEL}\n"

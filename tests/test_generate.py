@@ -637,3 +637,22 @@ def test_weights_are_released_when_sampling_fails():
     with pytest.raises(NonFiniteError):
         generate(model, torch.ones(16, 4, dtype=torch.long), max_new_tokens=32, eos_token_id=0, pad_token_id=0)
     assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_stop_ends_a_row_and_leaves_the_others_alone(rows):
+    """The answers are those of an unstopped run, cut after the first token that ends one."""
+    model, asked = lm(), torch.tensor([[5, 6, 7]] * rows)
+    how = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": PAD}
+    whole = generate(model, asked, rng=torch.Generator().manual_seed(0), **how)
+
+    def stop(tokens):
+        return len(tokens) >= 2 and sum(tokens) % 5 == 0
+
+    found = generate(model, asked, rng=torch.Generator().manual_seed(0), stop=stop, **how)
+    ends = [next((n for n in range(2, 12) if stop(row[:n])), 12) for row in whole.tokens.tolist()]
+    assert found.mask.sum(1).tolist() == ends
+    assert min(ends) < 12
+    for row, n in enumerate(ends):
+        assert found.tokens[row, :n].tolist() == whole.tokens[row, :n].tolist()
+        assert_close(found.logprobs[row, :n], whole.logprobs[row, :n], fp64)

@@ -60,7 +60,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     kl_coef: float,  # β of this iteration
     temperature: float,  # τ of the sampler
     max_grad_norm: float,
-    longest: int = 0,  # tokens that an answer may have, for ppo.loss_mean budget
+    longest: int,  # tokens that an answer may have, for ppo.loss_mean budget
     impl: str = "auto",
     clip: Clip = clip_model,
     precision: Callable[[], AbstractContextManager] = nullcontext,  # of the forwards; a backward pass follows them
@@ -78,7 +78,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     advantages, returns = estimate(rewards, rollout.values, actions, states, o)  # (B, R) each
     require_finite(
         scores=scores, old_logprobs=rollout.old_logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values,
-        rewards=rewards, advantages=advantages, returns=returns,
+        rewards=rewards, advantages=advantages,
     )  # fmt: skip
     fitted = states if o.value_at_end else actions  # (B, R) where the value is trained
 

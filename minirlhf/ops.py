@@ -43,7 +43,7 @@ def kl_estimate(
     negative. Raises ValueError for another kind.
     """
     wide = torch.promote_types(torch.promote_types(logprobs.dtype, ref_logprobs.dtype), torch.float32)
-    x = logprobs.to(wide) - ref_logprobs.to(wide)
+    x = logprobs.to(wide) - ref_logprobs
     if kind == "k1":
         return x
     if kind == "k2":

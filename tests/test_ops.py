@@ -502,3 +502,25 @@ def test_the_choice_on_cuda(monkeypatch, impl, dtype, installed, chosen):
     monkeypatch.setattr(ops.importlib, "import_module", lambda name: Kernels)
     expected = "triton" if chosen == "triton" else ops._head_stats_torch
     assert ops._choose(impl, OnCuda(dtype)) == expected
+
+
+def test_the_gradient_of_a_bf16_bias_is_summed_in_fp32():
+    """Rows 256, 1, 1, 1, a tile each: 259, rounded once, is 260; in bf16 256 + 1 stays 256."""
+    hidden = torch.zeros(4, 2, requires_grad=True)
+    bias = torch.tensor([0.0, 60.0], dtype=torch.bfloat16, requires_grad=True)  # p of the target is 0 in fp32
+    found = head_stats(hidden, torch.zeros(2, 2, requires_grad=True), torch.zeros(4, dtype=torch.int64), bias=bias)
+    found.logprobs.backward(torch.tensor([256.0, 1.0, 1.0, 1.0]))
+    assert bias.grad.tolist() == [260.0, -260.0]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_slopes_of_a_frozen_bf16_weight_are_fp32(temperature):
+    """hidden in fp32: every number but the weight's own rounding is fp32, in the forward pass's slopes as elsewhere."""
+    hidden, weight, targets, *_ = case(9, 5, 11, dtype=torch.float32)
+    weight = weight.bfloat16()
+    a, b = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    found = head_stats(a, weight, targets, temperature=temperature, want=("logprobs", "entropy", "lse"))
+    (found.logprobs + 2 * found.entropy - 3 * found.lse).sum().backward()
+    naive = naive_head_stats(b, weight.double(), targets, temperature=temperature)
+    (naive.logprobs + 2 * naive.entropy - 3 * naive.lse).sum().backward()
+    assert_close(a.grad.double(), b.grad, fp32)

@@ -60,7 +60,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     kl_coef: float,  # β of this iteration
     temperature: float,  # τ of the sampler
     max_grad_norm: float,
-    longest: int,  # tokens that an answer may have, for ppo.loss_mean budget
+    longest: int = 0,  # tokens that an answer may have, for ppo.loss_mean budget
     impl: str = "auto",
     clip: Clip = clip_model,
     precision: Callable[[], AbstractContextManager] = nullcontext,  # of the forwards; a backward pass follows them

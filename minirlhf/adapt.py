@@ -32,8 +32,9 @@ from minirlhf.lora import (
     load_adapter,
     merge_adapter,
     save_adapter,
+    target_modules,
 )
-from minirlhf.lora_config import FILE, LoRAConfig, read_adapter
+from minirlhf.lora_config import ALL, FILE, LoRAConfig, read_adapter
 from minirlhf.model import Attention, Block, CausalLM
 from minirlhf.pretrained import holds_score, load_causal_lm, load_reward_model, load_value_model, save_pretrained
 from minirlhf.rng import generator
@@ -165,7 +166,7 @@ def adapted(model: CausalLM, config: Any, owner: Any) -> Any:
         _check_same(lora, get_adapter(model, LOADED).config, config.model.path)
         copy_adapter(model, LOADED, TRAINED, to=owner)
     else:
-        add_adapter(owner, TRAINED, _new(lora), rng=generator(config.run.seed, "lora"))
+        add_adapter(owner, TRAINED, _new(lora, owner), rng=generator(config.run.seed, "lora"))
         get_adapter(owner, TRAINED).base = os.path.abspath(config.model.path)
     adapter = get_adapter(owner, TRAINED)
     adapter.config = replace(adapter.config, dropout=lora.dropout)
@@ -174,15 +175,25 @@ def adapted(model: CausalLM, config: Any, owner: Any) -> Any:
     return adapter_view(owner, TRAINED)
 
 
-def _new(lora: LoRASection) -> LoRAConfig:
-    """The adapter that the settings describe; a single target that is no plain name is a regular expression."""
-    single = lora.targets[0] if len(lora.targets) == 1 and not PLAIN.fullmatch(lora.targets[0]) else None
-    return LoRAConfig(lora.r, lora.alpha, lora.dropout, single or lora.targets, lora.rslora)
+def _new(lora: LoRASection, owner: Any) -> LoRAConfig:
+    """The adapter that the settings describe; a single target that is no plain name is a regular expression.
+
+    "auto" takes the head in where it has less than a tenth of the trunk's weights: in narrow models words of one class
+    have nearly equal output embeddings, and no change below the head can choose between them.
+    """
+    targets: Any = lora.targets
+    if targets == ("auto",):
+        targets, head = ALL, getattr(owner, "head", None)
+        if head is not None and 10 * head.weight.numel() < sum(p.numel() for p in owner.trunk.parameters()):
+            targets = (*target_modules(owner, ALL).values(), owner.module_names()["head"])
+    elif len(targets) == 1 and not PLAIN.fullmatch(targets[0]):
+        targets = targets[0]
+    return LoRAConfig(lora.r, lora.alpha, lora.dropout, targets, lora.rslora)
 
 
 def _check_same(lora: LoRASection, its: LoRAConfig, path: str) -> None:
     """What is said of the adapter is what it is; what is left at its default asks nothing."""
-    asked = _new(lora if lora.r else replace(lora, r=its.r))
+    asked = _new(lora if lora.r else replace(lora, r=its.r), None)
     for name in ("r", "alpha", "targets", "rslora"):
         said = getattr(lora, name)
         if said != getattr(LoRASection(), name) and getattr(asked, name) != getattr(its, name):
@@ -301,6 +312,8 @@ def _separate(source: Any, *, zero_head: bool) -> ValueModel:
     source = copy.deepcopy(source)
     fill(source, {})
     for name in [] if _is_meta(source) else list(adapters(source)):
+        if "head" in (layers := get_adapter(source, name).layers):  # a value model has none
+            del layers["head"]
         merge_adapter(source, name)
     value = ValueModel(source.trunk, rng=generator(0, "head"))
     if zero_head:

@@ -85,7 +85,9 @@ class LoRASection:
     alpha: float = key(16.0, "the update of a new adapter is scaled by alpha / r", low=0.0)
     dropout: float = key(0.0, "dropout before A", low=0.0, high=0.99)
     targets: tuple[str, ...] = key(
-        ("all-linear",), "Hugging Face names of modules, or one regular expression; all-linear: every linear layer"
+        ("auto",),
+        "Hugging Face names of modules, or one regular expression; all-linear: every linear layer but the head; "
+        "auto: the head too where it is small",
     )
     rslora: bool = key(False, "scale by alpha / √r instead (rank-stabilised)")
 

@@ -202,8 +202,8 @@ def _exact_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:  # 
     hidden, ref_hidden = (response_positions(m.hidden(*both), R).flatten(0, 1) for m in roles[:2])  # (B·R, C) each
     targets = torch.where(rollout.response_mask, rollout.responses, IGNORE)  # (B, R)
     kl = head_stats(
-        hidden, roles.policy.head.weight, targets.flatten(), temperature=temperature, want=("kl",),
-        ref_hidden=ref_hidden, ref_weight=roles.ref_policy.head.weight,
+        hidden, roles.policy.output_weight, targets.flatten(), temperature=temperature, want=("kl",),
+        ref_hidden=ref_hidden, ref_weight=roles.ref_policy.output_weight,
     ).kl  # fmt: skip
     assert kl is not None
     return kl.view_as(targets).sum(1)

@@ -8,7 +8,8 @@ again and reads the slots again, so it belongs inside `use_adapter` as well, or 
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirlhf.errors import CheckpointError, UsageError
-from minirlhf.lora_config import AdapterFolder, LoRAConfig, match_targets, read_adapter, write_adapter
+from minirlhf.lora_config import ALL, AdapterFolder, LoRAConfig, match_targets, read_adapter, write_adapter
 from minirlhf.safefile import FLOATS, TensorFile, write_tensors
 
 Model = Any  # CausalLM, RewardModel, ValueModel: a module with `config` and `module_names()`
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every name in a PEFT file
-HEADS = ("head", "score")  # never low-rank: the head's weight is read without calling it, a score is trained whole
+SCORE = "score"  # never low-rank: trained whole
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -48,8 +49,10 @@ class LowRank(nn.Module):
         wide = torch.promote_types(x.dtype, self.A.dtype)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(x.to(wide), self.A.to(wide)).flatten(0, -2)  # (N, r)
-        z = torch.addmm(y.to(wide).flatten(0, -2), h, self.B.to(wide).T, alpha=self.scale)  # (N, n_out)
+        exact = y.dtype == wide  # logits stay as they are under autocast
+        with torch.autocast(x.device.type, enabled=False) if exact else nullcontext():
+            h = F.linear(x.to(wide), self.A.to(wide)).flatten(0, -2)  # (N, r)
+            z = torch.addmm(y.to(wide).flatten(0, -2), h, self.B.to(wide).T, alpha=self.scale)  # (N, n_out)
         return z.view(y.shape).to(y.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -175,11 +178,15 @@ def copy_adapter(model: Model, source: str, target: str, *, to: Model | None = N
     """An adapter's double, with tensors of its own: the reference of a policy that goes on training.
 
     `to`: another model of the same architecture, a language model's adapter for a value model, say. It keeps its own
-    score head where the adapter has none.
+    score head where the adapter has none, and a language model's head stays behind.
     """
     adapter, to = get_adapter(model, source), model if to is None else to
-    layers = _own_score(to) | copy.deepcopy(adapter.by_path())
-    _attach(to, target, Adapter(adapter.config, layers, adapter.base))
+    layers, config = _own_score(to) | copy.deepcopy(adapter.by_path()), adapter.config
+    if "head" in layers and not hasattr(to, "head"):
+        del layers["head"]
+        names = target_modules(to, ALL)
+        config = replace(config, targets=tuple(names[path] for path in layers if path in names))
+    _attach(to, target, Adapter(config, layers, adapter.base))
 
 
 def remove_adapter(model: Model, name: str) -> None:
@@ -205,6 +212,8 @@ def merge_adapter(model: Model, name: str, *, probe: Tensor | None = None) -> Me
     the error returned shows it.
     """
     layers = get_adapter(model, name).by_path()
+    if "head" in layers and model.config.tied:
+        raise UsageError(f"adapter {name!r} changes the head, which is the embedding too; it cannot be merged")
     with use_adapter(model, name):
         before = model(probe) if probe is not None else None
     remove_adapter(model, name)
@@ -246,9 +255,10 @@ def freeze_base(model: Model) -> None:
 def target_modules(model: Model, targets: tuple[str, ...] | str) -> dict[str, str]:
     """Our path → Hugging Face path of each targeted linear layer; UsageError where an entry matches none."""
     ours = {theirs: path for path, theirs in model.module_names().items()}
-    linear = [theirs for theirs, path in ours.items() if path not in HEADS]
-    linear = [theirs for theirs in linear if isinstance(model.get_submodule(ours[theirs]), nn.Linear)]
-    return {ours[theirs]: theirs for theirs in match_targets(targets, ours, linear)}
+    linear = [theirs for theirs, path in ours.items() if isinstance(model.get_submodule(path), nn.Linear)]
+    heads = {theirs for theirs in linear if ours[theirs] in ("head", SCORE)}
+    able = [theirs for theirs in linear if ours[theirs] != SCORE]
+    return {ours[theirs]: theirs for theirs in match_targets(targets, ours, able, heads)}
 
 
 def _blank(weight: Tensor, config: LoRAConfig, device: torch.device | str) -> LowRank:  # weight (n_out, n_in)

@@ -67,13 +67,14 @@ def match_targets(
     targets: tuple[str, ...] | str,
     names: Collection[str],  # Hugging Face paths of all modules with weights
     linear: Collection[str],  # of those that can have an adapter
+    heads: Collection[str] = (),  # of these, those that must be named
 ) -> list[str]:  # the targeted ones of `linear`
     """PEFT's rules. An entry of a list matches the path that it is, or that ends in "." + entry.
 
     A string is a regular expression for whole paths; "all-linear" stands for every linear layer but the head.
     """
     if targets == ALL:
-        return [*linear]
+        return [path for path in linear if path not in heads]
     found: set[str] = set()
     for entry in (targets,) if isinstance(targets, str) else targets:
         hits = [path for path in names if _matches(entry, path, whole=isinstance(targets, str))]

@@ -502,6 +502,12 @@ class CausalLM(nn.Module):
         """Logits of the next token after every position."""
         return self.head(self.hidden(input_ids, attention_mask))
 
+    @property
+    def output_weight(self) -> Tensor:  # (V, C)
+        """The head's weight, for those who multiply with it themselves; W + BA under an adapter of the head."""
+        slot = vars(self.head).get("adapter")
+        return self.head.weight if slot is None else slot[0].merged(self.head.weight)
+
     def module_names(self) -> dict[str, str]:
         """Our path of every module with weights → its path in the family's Hugging Face class."""
         return trunk_names(self.trunk) | {"head": FAMILIES[self.config.family].head}

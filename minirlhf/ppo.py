@@ -105,7 +105,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
                 bonus = o.entropy_coef * stats["entropy"] if o.entropy_coef else 0.0
                 loss = mean(pg - bonus, m, actions[rows])
                 if in_loss:
-                    penalty = kl_estimate(logprobs, keep(part.ref_logprobs, m), o.kl)  # (b, R)
+                    penalty = kl_estimate(logprobs, part.ref_logprobs, o.kl)  # (b, R)
                     loss = loss + in_loss * mean(penalty, m, actions[rows])
                     steps[-1].add(m, penalty=penalty)
                 if values is not None:

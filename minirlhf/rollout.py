@@ -112,7 +112,7 @@ def target_stats(
     """What the model says about given tokens. Everything that needs a log-prob comes through here."""
     hidden = response_positions(model.hidden(input_ids, attention_mask), targets.shape[1])  # (B, R, C)
     stats = head_stats(
-        hidden.flatten(0, 1), model.head.weight, targets.flatten(), temperature=temperature, want=want, impl=impl
+        hidden.flatten(0, 1), model.output_weight, targets.flatten(), temperature=temperature, want=want, impl=impl
     )
     return {name: getattr(stats, name).view_as(targets) for name in want}
 

@@ -1,6 +1,7 @@
 """Adapters against dense weights, by hand, and against the base they must leave alone."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from minirlhf.lora import (
     adapters,
     add_adapter,
     copy_adapter,
+    get_adapter,
     merge_adapter,
     remove_adapter,
     target_modules,
@@ -25,7 +27,7 @@ from minirlhf.lora import (
 )
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.rng import generator
-from minirlhf.rollout import Rollout, policy_stats, state_values
+from minirlhf.rollout import IGNORE, Rollout, policy_stats, state_values, target_stats
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
 MASK = torch.tensor([[False, False, True, True, True, True, True, True], [True] * 8])
@@ -69,6 +71,47 @@ def test_update_by_hand():
     assert_close(layer.merged(torch.eye(2)), expected, exact)
     rows = layer(torch.eye(2), torch.eye(2))  # row i = W' e_i = column i of W'
     assert_close(rows.T, expected, exact)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_adapter_of_the_head(family):
+    """Its logits, its log-probs and their gradients are those of W + BA; the embedding, tied or not, stays as it is."""
+    model = lm(family, tied=family == "gpt2").double()
+    add_adapter(model, "a", replace(CONFIG, targets=("lm_head",)))
+    assert list(get_adapter(model, "a").by_path()) == ["head"]
+    stir(model, "a", size=0.5)
+    twin, update = copy.deepcopy(model), adapter_parameters(model, "a")
+    B, A = (next(p for name, p in update.items() if name.endswith(end)) for end in (".B", ".A"))
+    W = (model.head.weight + 2.0 * B @ A).detach().requires_grad_()  # 6 / 3
+    with torch.no_grad():
+        expected = model.hidden(IDS, MASK) @ W.T
+    view = adapter_view(model, "a")
+    assert_close(view(IDS, MASK)[MASK], expected[MASK], fp64)
+    with use_adapter(twin, None):
+        assert (twin(IDS, MASK) - expected)[MASK].abs().max() > 0.1
+    targets = torch.where(MASK, IDS, IGNORE)[:, 1:]
+    target_stats(view, IDS, MASK, targets)["logprobs"].sum().backward()
+    logp = (model.hidden(IDS, MASK).detach() @ W.T).log_softmax(-1)[:, :-1]
+    logp.gather(-1, IDS[:, 1:, None])[..., 0][MASK[:, 1:]].sum().backward()
+    assert_close(B.grad, 2.0 * W.grad @ A.T, fp64)
+    assert_close(A.grad, 2.0 * B.T @ W.grad, fp64)
+    if model.config.tied:
+        with pytest.raises(UsageError, match="which is the embedding too"):
+            merge_adapter(model, "a")
+    else:
+        merge_adapter(model, "a")
+        assert_close(model(IDS, MASK)[MASK], expected[MASK], fp64)
+
+
+def test_a_copy_for_a_model_without_a_head_leaves_it_behind():
+    model = lm()
+    add_adapter(model, "a", replace(CONFIG, targets=("c_attn", "lm_head")))
+    value = ValueModel(model.trunk)
+    copy_adapter(model, "a", "b", to=value)
+    assert sorted(get_adapter(value, "b").by_path()) == sorted([*target_modules(value, ("c_attn",)), "score"])
+    assert sorted(target_modules(value, get_adapter(value, "b").config.targets)) == sorted(
+        target_modules(value, ("c_attn",))
+    )
 
 
 def test_scale():
@@ -301,7 +344,6 @@ def test_targets():
         (r"model\.layers\.7\..*", "matches no module"),
         ("q_proj", "'q_proj' matches no module"),  # a string is a pattern for the whole path
         ("(", "no regular expression"),
-        (("lm_head",), "matches lm_head, which can have no low-rank adapter"),
         (("embed_tokens",), "matches model.embed_tokens, which can have no"),
         (r".*norm", "matches model.*norm, which can have no"),
     ],

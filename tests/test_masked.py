@@ -136,3 +136,11 @@ def test_masks_are_bool_and_of_the_shape():
         masked_sum(x(), MASK.long())
     with pytest.raises(AssertionError, match="Size"):
         masked_sum(x(), MASK[:1])
+
+
+def test_nothing_at_all_whitens_without_nan_in_the_gradient():
+    x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    white = whiten(x, torch.zeros(1, 2, dtype=torch.bool))
+    assert white.tolist() == [[0.0, 0.0]]
+    white.sum().backward()
+    assert x.grad.tolist() == [[0.0, 0.0]]

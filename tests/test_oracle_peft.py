@@ -132,6 +132,25 @@ def test_ours_there(family, task, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "family", [family for family in KINDS if family != "gpt_neox"]
+)  # embed_out until transformers 5
+def test_the_head_both_ways(family, tmp_path):
+    """Named `lm_head`, tied to the embedding or not: PEFT leaves the embedding alone, and so do we."""
+    model, ours = base(family, "CAUSAL_LM", tmp_path / "base")
+    head = ours.module_names()["head"]
+    adapted = their_adapter(model, "CAUSAL_LM", [*TARGETS[family], head])
+    adapted.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    expected = their_output(adapted)
+    load_adapter(ours, tmp_path / "theirs", "a")
+    with use_adapter(ours, "a"):
+        assert_close(our_output(ours), expected, TWO_LIBRARIES)
+    save_adapter(ours, "a", tmp_path / "ours", base=str(tmp_path / "base"))
+    again = getattr(transformers, KINDS[family][0] + TASKS["CAUSAL_LM"][family != "gpt2"])
+    again = peft.PeftModel.from_pretrained(again.from_pretrained(tmp_path / "base"), tmp_path / "ours").eval()
+    assert_close(their_output(again), expected, TWO_LIBRARIES)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_base_is_found_by_name(task, tmp_path):
     """The folder alone is enough for PEFT's auto classes."""

@@ -19,6 +19,7 @@ from minirlhf.ppo import (
     mean_of,
     optimizer_step,
     ppo_iteration,
+    rollout_metrics,
     score_moments,
     surrogate,
 )
@@ -236,3 +237,31 @@ def test_the_second_step_is_judged_by_its_own_sums():
     roles, rollout = in_fp64()
     with pytest.raises(NonFiniteError, match=r"^loss of the value and loss of the policy: NaN"):
         iterate(roles, rollout, lr=math.inf, minibatch_size=6, microbatch_size=6, epochs=1)
+
+
+def test_the_rollout_s_metrics_by_hand():
+    """Two answers, of 1 and 3 tokens; sums that fp32 would round, and padding that must not count."""
+    big = 2.0**24
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    roles, _ = roles_of("gpt2")
+    rollout = roll(roles).rows(torch.tensor([0, 1]))
+    given = {
+        "responses": torch.ones(2, 3, dtype=torch.int64), "response_mask": mask,
+        "has_eos": torch.tensor([True, False]), "scores": torch.tensor([big, 1.0]),
+        "old_logprobs": torch.tensor([[-big, 7.0, 7.0], [-1.0, -2.0, -4.0]]),
+        "ref_logprobs": torch.tensor([[-1.0, 9.0, 9.0], [-1.0, -1.0, -1.0]]),
+        "sampler_logprobs": torch.tensor([[-big, 99.0, 99.0], [-1.5, -1.75, -4.0]]),
+        "values": torch.zeros(2, 3),
+    }  # fmt: skip
+    found = rollout_metrics(dataclasses.replace(rollout, **given))
+    assert found == {
+        "objective/kl": (1 - big + 0 - 1 - 3) / 2,
+        "objective/entropy": (big + 7) / 2,
+        "objective/scores": (big + 1) / 2,
+        "objective/scores_std": (big - 1) / 2,
+        "response/length_mean": 2.0,
+        "response/empty_frac": 0.5,
+        "response/eos_frac": 0.5,
+        "sampler/mismatch_max": 0.5,
+        "sampler/mismatch_mean": 0.75 / 4,
+    }

@@ -4,7 +4,7 @@
     python -m minirlhf.score runs/rm/final < answers.jsonl
 
 Every format that `formats` reads. Of ranked answers, pairs among them, the summary also tells how often the model
-agrees with the ranks.
+agrees with the ranks. From Python: `reward_of(folder)`.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,17 @@ import torch
 from minirlhf.chat import open_folder
 from minirlhf.data import encode_lists
 from minirlhf.errors import DataError, UserError
-from minirlhf.evaluate import ranking_accuracy, score_sequences
+from minirlhf.evaluate import ranking_accuracy, score_sequences, score_texts
 from minirlhf.formats import read_records
 from minirlhf.pretrained import load_reward_model
 from minirlhf.run import complain
+
+
+def reward_of(folder: str, *, template: str = "", device: str = "cpu") -> Callable[..., list[float]]:
+    """The reward model of a folder as a function (prompts, responses) → scores, to build a `reward.fn` of: sums with
+    weights, the lowest of several models, models with another tokenizer, template or size than the policy's."""
+    loaded = open_folder(folder, load_reward_model, template=template, device=device)
+    return partial(score_texts, loaded.model, loaded.tokenizer, loaded.template, device=device)
 
 
 def read(args: argparse.Namespace) -> tuple[list[Any], Any]:

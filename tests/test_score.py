@@ -12,6 +12,7 @@ from test_chat import folders  # noqa: F401  the fixture
 from test_scripts import ENV
 
 from minirlhf import review_world, score
+from minirlhf.errors import CheckpointError
 from minirlhf.pretrained import load_reward_model
 
 FILM, HOTEL = review_world.prompts()[0], review_world.prompts()[2]
@@ -129,3 +130,13 @@ def test_a_pipe(folders):  # noqa: F811
     done = subprocess.run(command, input=data, env=ENV, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 3
+
+
+def test_a_reward_model_as_a_function_of_texts(folders):  # noqa: F811
+    """To be summed with rules or with other models."""
+    judge = score.reward_of(str(folders / "rm"))
+    prompts, answers = [row["prompt"] for row in ROWS], [row["response"] for row in ROWS]
+    expected = [by_hand(folders / "rm", p, a) for p, a in zip(prompts, answers, strict=True)]
+    assert judge(prompts, answers) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        score.reward_of("nowhere")

@@ -1,0 +1,141 @@
+"""Data before training: weights and caps counted, groups kept together, conflicts, margins and ratings by hand."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from minirlhf import prepare
+from minirlhf.errors import DataError
+from minirlhf.formats import read_records
+from minirlhf.prepare import conflicts, elo, games, mix, pairs, split
+
+
+def rows(n, **more):
+    return [{"prompt": f"p{i}", "response": f"r{i}", **more} for i in range(n)]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Files as {name: rows}, arguments → (exit code, lines of stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(files, *argv):
+        for name, content in files.items():
+            (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+        code = prepare.main([*map(str, argv)])
+        captured = capsys.readouterr()
+        return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+    return call
+
+
+@pytest.mark.parametrize(("weight", "copies"), [(1, {1: 10}), (2, {2: 10}), (0.3, {1: 3}), (2.5, {2: 5, 3: 5})])
+def test_a_weight_is_so_many_copies(weight, copies):
+    mixed = mix([(rows(10, task="a"), weight), (rows(4, task="b"), 1)], by="", cap=0, seed=0)
+    times = Counter(row["prompt"] for row in mixed if row["task"] == "a")
+    assert Counter(times.values()) == copies
+    assert sum(row["task"] == "b" for row in mixed) == 4
+
+
+def test_a_cap_counts_files_or_values_of_a_field():
+    both = [(rows(10, task="a"), 1), (rows(10, task="a") + rows(3, task="b"), 1)]
+    by_file = mix(both, by="", cap=8, seed=0)
+    assert len(by_file) == 16
+    by_task = mix(both, by="task", cap=8, seed=0)
+    assert Counter(row["task"] for row in by_task) == {"a": 8, "b": 3}
+
+
+def test_the_seed_decides_the_order_and_nothing_is_lost():
+    sources = [(rows(20, deep={"kept": [1]}), 1)]
+    first = mix(sources, by="", cap=0, seed=0)
+    assert first == mix(sources, by="", cap=0, seed=0) != mix(sources, by="", cap=0, seed=1)
+    assert sorted(row["prompt"] for row in first) == sorted(row["prompt"] for row in sources[0][0])
+    assert all(row["deep"] == {"kept": [1]} for row in first)
+
+
+def test_groups_stay_together_in_every_file():
+    users = [{"user": f"u{i % 50}", "i": i} for i in range(500)]
+    train, held_out = split(users, by="user", share=0.3, seed=0)
+    assert len(train) + len(held_out) == 500
+    there, here = {row["user"] for row in train}, {row["user"] for row in held_out}
+    assert not there & here
+    assert 5 < len(here) < 25  # 15 expected, deviation 3.2
+    other = split([{"user": f"u{i}"} for i in range(50)], by="user", share=0.3, seed=0)
+    assert {row["user"] for row in other[1]} == here
+    assert split(users, by="user", share=0.0, seed=0)[1] == split(users, by="user", share=1.0, seed=0)[0] == []
+    with pytest.raises(DataError, match="row 2: has no field 'user'"):
+        split([{"user": 1}, {"name": 1}], by="user", share=0.5, seed=0)
+
+
+def ranked(tmp_path, *lists):
+    path = tmp_path / "ranked.jsonl"
+    content = [{"prompt": p, "responses": answers, "ranks": ranks} for p, answers, ranks in lists]
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return read_records(path)[0]
+
+
+def test_conflicts_are_pairs_that_were_judged_both_ways(tmp_path):
+    lists = [("p", ["a", "b", "c"], [1, 2, 3]), ("p", ["a", "b"], [2, 1]), ("p", ["b", "a"], [1, 2]),
+             ("q", ["a", "b"], [2, 1]), ("p", ["c", "a", "d"], [1, 1, 2])]  # fmt: skip
+    assert conflicts(games(ranked(tmp_path, *lists))) == [{"prompt": "p", "responses": ["a", "b"], "wins": [1, 2]}]
+
+
+def test_margins_by_hand():
+    scored = [{"prompt": "p", "response": r, "score": s} for r, s in (("a", 1.0), ("b", 3.5), ("c", 1.25))]
+    assert pairs(scored, margin=0.25) == [
+        {"prompt": "p", "chosen": "b", "rejected": "a", "margin": 2.5},
+        {"prompt": "p", "chosen": "b", "rejected": "c", "margin": 2.25},
+    ]
+    assert len(pairs(scored, margin=0.0)) == 3
+    with pytest.raises(DataError, match="row 1: needs prompt, response and a number"):
+        pairs([{"prompt": "p", "response": "a"}], margin=0.0)
+
+
+def test_elo_by_hand(tmp_path):
+    """a beats b: 1000 ± 16. Then a beats b again: E = 1/(1 + 10^(-32/400)) = 0.545922, so ± 32·0.454078 = 14.5305."""
+    found = elo(
+        games(ranked(tmp_path, ("p", ["a", "b"], [1, 2]), ("p", ["b", "a"], [2, 1]), ("q", ["a", "b"], [1, 2])))
+    )
+    ratings = {(row["prompt"], row["response"]): row["elo"] for row in found}
+    assert ratings["p", "a"] == pytest.approx(1030.5305, abs=1e-4)
+    assert ratings["p", "b"] == pytest.approx(969.4695, abs=1e-4)
+    assert ratings["q", "a"] == 1016.0
+
+
+def test_commands(run):
+    files = {"a.jsonl": rows(10, task="x"), "b.jsonl": rows(10, task="y")}
+    code, out, err = run(files, "mix", "a.jsonl", "b.jsonl:0.2")
+    assert (code, len(out), err) == (0, 12, "12 of 20 rows\n")
+    code, out, err = run({}, "split", "a.jsonl", "--by", "prompt", "--share", 0.5, "--train", "t", "--held_out", "h")
+    assert (code, out) == (0, [])
+    both = [json.loads(line) for name in "th" for line in Path(name).read_text().splitlines()]
+    assert sorted(row["prompt"] for row in both) == sorted(row["prompt"] for row in files["a.jsonl"])
+    scored = [{"prompt": "p", "response": f"r{i}", "score": i} for i in range(4)]
+    code, out, err = run({"s.jsonl": scored}, "pairs", "s.jsonl", "--margin", 1)
+    assert (code, len(out), err) == (0, 3, "3 pairs\n")
+    code, out, err = run({"p.jsonl": out}, "elo", "p.jsonl")
+    assert (code, len(out), err) == (0, 4, "4 answers in 3 pairs\n")
+    assert run({}, "conflicts", "p.jsonl") == (0, [], "0 conflicts in 3 pairs\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["mix", "nowhere.jsonl"], 3, "nowhere.jsonl: No such file"),
+        (["mix", "a.jsonl:0"], 2, "above 0"),
+        (["mix", "bad.jsonl"], 3, "bad.jsonl:1: "),
+        (["split", "a.jsonl", "--by", "user", "--train", "t", "--held_out", "h"], 3, "row 1: has no field 'user'"),
+        (["split", "a.jsonl", "--by", "prompt", "--train", "no/t", "--held_out", "h"], 2, "no/t: No such file"),
+        (["conflicts", "a.jsonl"], 3, "a.jsonl: holds no preferences"),
+        (["pairs", "a.jsonl"], 3, "row 1: needs"),
+    ],
+)
+def test_mistakes_are_one_line(run, argv, code, words, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("[1, 2\n")
+    got, out, err = run({"a.jsonl": rows(2)}, *argv)
+    assert (got, out) == (code, [])
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1

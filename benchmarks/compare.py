@@ -10,6 +10,7 @@ model takes the best. All are measured on the same 1,024 prompts.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -119,6 +120,7 @@ def measure(folder, settings):
 def built_in(seed):
     """{method: what was measured} of one seed."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of what it starts
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         of_seed = ["--run.seed", str(seed)]

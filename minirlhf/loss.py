@@ -234,7 +234,7 @@ def ranking_loss(
         best = present & (order == order.amin(1, keepdim=True))  # (B, K)
         loss = -torch.where(best, share, 0.0).sum(1) / best.sum(1).clamp(min=1)
         return torch.where(n > 0, loss, 0.0)
-    gap = torch.where(pairs, r[:, :, None] - r[:, None, :], 0.0)  # (B, K, K) r_i - r_j
+    gap = r[:, :, None] - r[:, None, :]  # (B, K, K) r_i - r_j
     loss = F.logsigmoid(gap) if kind == "log" else torch.sigmoid(gap)
     return -torch.where(pairs, loss, 0.0).sum((1, 2)) / n.clamp(min=1)
 
@@ -246,7 +246,7 @@ def centering_penalty(
     """(r_w + r_l)², which draws scores to mean 0 (Eisenstein et al. 2023, arXiv 2312.09244); the mean over the strict
     pairs of a list, 0 without one."""
     pairs, n = _strict_pairs(scores, ranks)
-    r = torch.where(ranks > 0, _wide(scores), 0.0)
+    r = _wide(scores)
     total = torch.where(pairs, r[:, :, None] + r[:, None, :], 0.0)  # (B, K, K)
     return total.square().sum((1, 2)) / n.clamp(min=1)
 
@@ -256,7 +256,7 @@ def _strict_pairs(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:  # (B
     assert scores.shape == ranks.shape, (scores.shape, ranks.shape)
     assert scores.ndim == 2, scores.shape
     i, j = ranks[:, :, None], ranks[:, None, :]
-    pairs = (i > 0) & (j > 0) & (i < j)
+    pairs = (i > 0) & (i < j)
     return pairs, pairs.sum((1, 2))
 
 

@@ -82,6 +82,6 @@ def _centered(x: Tensor, mask: Tensor, all_sum: AllSum) -> tuple[Tensor, Tensor,
     """→ μ (), x - μ (...) with 0 at False, and n (). The second pass takes the rounding of the first out of μ, so that
     equal entries give exact zeros."""
     x, n = keep(x, mask), all_sum(mask.sum())
-    mean = all_sum(x.sum()) / n.clamp(min=1)
-    mean = mean + all_sum(keep(x - mean, mask).sum()) / n.clamp(min=1)
+    mean = all_sum(x.sum()) / n  # of nothing NaN, which `keep` lets reach nobody
+    mean = mean + all_sum(keep(x - mean, mask).sum()) / n
     return mean, keep(x - mean, mask), n

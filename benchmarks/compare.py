@@ -1,4 +1,4 @@
-"""PPO and its neighbours side by side, all from one SFT model, judged by one reward model: docs/comparison.md.
+"""PPO and its neighbours side by side, all from one SFT model, judged by one reward model: docs/objectives.md.
 
 python benchmarks/compare.py [SEED ...]                     the built-in task; by default seeds 0 1 2, a process each
 python benchmarks/compare.py --data reviews_zh_ranked.tsv   the Chinese reviews, after the presets' first two stages

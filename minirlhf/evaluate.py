@@ -13,7 +13,7 @@ from torch import Tensor
 from minirlhf import dist, review_world
 from minirlhf.data import Example, RankedList, by_length, collate, left_padded, pad
 from minirlhf.heads import RewardModel
-from minirlhf.model import CausalLM
+from minirlhf.model import CausalLM, output_weight
 from minirlhf.ops import head_stats
 from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, Roles, Rollout, collect, response_positions, target_stats
@@ -202,8 +202,8 @@ def _exact_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:  # 
     hidden, ref_hidden = (response_positions(m.hidden(*both), R).flatten(0, 1) for m in roles[:2])  # (B·R, C) each
     targets = torch.where(rollout.response_mask, rollout.responses, IGNORE)  # (B, R)
     kl = head_stats(
-        hidden, roles.policy.output_weight, targets.flatten(), temperature=temperature, want=("kl",),
-        ref_hidden=ref_hidden, ref_weight=roles.ref_policy.output_weight,
+        hidden, output_weight(roles.policy.head), targets.flatten(), temperature=temperature, want=("kl",),
+        ref_hidden=ref_hidden, ref_weight=output_weight(roles.ref_policy.head),
     ).kl  # fmt: skip
     assert kl is not None
     return kl.view_as(targets).sum(1)

@@ -468,6 +468,13 @@ def visible(
     return seen if bias is None else torch.where(seen, bias, -torch.inf)
 
 
+def output_weight(head: nn.Module) -> Tensor:  # (V, C)
+    """The weight of a head, for those who multiply with it themselves; W + BA where an adapter is active on it."""
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    slot = vars(head).get("adapter")
+    return weight if slot is None else slot[0].merged(weight)
+
+
 class CausalLM(nn.Module):
     """p(token | tokens before it): a trunk and a head, which is the embedding itself when the config ties them."""
 
@@ -501,12 +508,6 @@ class CausalLM(nn.Module):
     ) -> Tensor:  # (B, T, V), at least fp32
         """Logits of the next token after every position."""
         return self.head(self.hidden(input_ids, attention_mask))
-
-    @property
-    def output_weight(self) -> Tensor:  # (V, C)
-        """The head's weight, for those who multiply with it themselves; W + BA under an adapter of the head."""
-        slot = vars(self.head).get("adapter")
-        return self.head.weight if slot is None else slot[0].merged(self.head.weight)
 
     def module_names(self) -> dict[str, str]:
         """Our path of every module with weights → its path in the family's Hugging Face class."""

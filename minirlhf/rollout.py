@@ -23,7 +23,7 @@ from minirlhf.data import decode
 from minirlhf.errors import CheckpointError
 from minirlhf.generate import Generation, generate
 from minirlhf.heads import RewardModel, ValueModel
-from minirlhf.model import CausalLM
+from minirlhf.model import CausalLM, output_weight
 from minirlhf.ops import head_stats
 from minirlhf.tokenizer import Tokenizer
 
@@ -112,7 +112,12 @@ def target_stats(
     """What the model says about given tokens. Everything that needs a log-prob comes through here."""
     hidden = response_positions(model.hidden(input_ids, attention_mask), targets.shape[1])  # (B, R, C)
     stats = head_stats(
-        hidden.flatten(0, 1), model.output_weight, targets.flatten(), temperature=temperature, want=want, impl=impl
+        hidden.flatten(0, 1),
+        output_weight(model.head),
+        targets.flatten(),
+        temperature=temperature,
+        want=want,
+        impl=impl,
     )
     return {name: getattr(stats, name).view_as(targets) for name in want}
 

@@ -97,7 +97,8 @@ def nearest(kind, seeds, out):
         for seed in seeds:
             history = lines(out / f"ppo-{kind}-{seed}/metrics.jsonl")
             values = [value(m, history[0]) for m in history]
-            found += [worst(inner(values[i : i + width]) for i in range(len(values) - width + 1))] if values else []
+            windows = [values[i : i + width] for i in range(len(values) - width + 1)]
+            found += [worst(map(inner, windows))] if windows else []
         print(f"  {name:22} {width:3} lines  " + " ".join(f"{x:.3g}" for x in found))
 
 

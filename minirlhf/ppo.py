@@ -316,7 +316,7 @@ def score_answers(
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """What the rollout alone says, before any update; per episode unless the name says per token."""
     mask, lengths = rollout.action_mask, rollout.lengths.double()
-    old, ref = rollout.old_logprobs.double(), rollout.ref_logprobs.double()
+    old, ref = rollout.old_logprobs.double(), rollout.ref_logprobs
     mismatch = torch.where(mask, (old - rollout.sampler_logprobs).abs(), 0.0)
     return {
         "objective/kl": float(masked_sum(kl_estimate(old, ref, "k1"), mask)) / len(rollout),

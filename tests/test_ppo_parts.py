@@ -247,21 +247,22 @@ def test_the_rollout_s_metrics_by_hand():
     rollout = roll(roles).rows(torch.tensor([0, 1]))
     given = {
         "responses": torch.ones(2, 3, dtype=torch.int64), "response_mask": mask,
-        "has_eos": torch.tensor([True, False]), "scores": torch.tensor([big, 1.0]),
+        "has_eos": torch.tensor([True, True]), "scores": torch.tensor([big + 2, 1.0]),
         "old_logprobs": torch.tensor([[-big, 7.0, 7.0], [-1.0, -2.0, -4.0]]),
         "ref_logprobs": torch.tensor([[-1.0, 9.0, 9.0], [-1.0, -1.0, -1.0]]),
         "sampler_logprobs": torch.tensor([[-big, 99.0, 99.0], [-1.5, -1.75, -4.0]]),
         "values": torch.zeros(2, 3),
     }  # fmt: skip
-    found = rollout_metrics(dataclasses.replace(rollout, **given))
-    assert found == {
+    rollout = dataclasses.replace(rollout, **given)
+    assert rollout_metrics(rollout.rows(torch.tensor([0, 1, 1])))["response/empty_frac"] == 1 / 3
+    assert rollout_metrics(rollout) == {
         "objective/kl": (1 - big + 0 - 1 - 3) / 2,
         "objective/entropy": (big + 7) / 2,
-        "objective/scores": (big + 1) / 2,
-        "objective/scores_std": (big - 1) / 2,
+        "objective/scores": (big + 3) / 2,
+        "objective/scores_std": (big + 1) / 2,
         "response/length_mean": 2.0,
         "response/empty_frac": 0.5,
-        "response/eos_frac": 0.5,
+        "response/eos_frac": 1.0,
         "sampler/mismatch_max": 0.5,
         "sampler/mismatch_mean": 0.75 / 4,
     }

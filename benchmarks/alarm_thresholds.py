@@ -1,8 +1,9 @@
 """How near do sound and unsound runs come to the alarms' limits? `python benchmarks/alarm_thresholds.py --seeds 0-9`
 
-For each seed: the built-in task with a sound reward model, and with one that was trained on few pairs of a labeler who
-likes short answers (`weak`). Finished runs are not repeated. The tables say when the probe is red, which alarms were
-raised at which step, and how near each watched number came to its limit; docs/reliability.md quotes them.
+For each seed: the built-in task with a sound reward model, with the failure lab's weak one, which was trained on few
+pairs of a labeler who likes short answers, and with that one under hard negatives. Finished runs are not repeated. The
+tables say when the probe is red, which alarms were raised at which step, and how near each watched number came to its
+limit; docs/reliability.md quotes them.
 """
 
 import argparse
@@ -15,10 +16,10 @@ from pathlib import Path
 from minirlhf.alarms import Limits, alarms
 
 ROOT = Path(__file__).parent.parent
-WEAK = ["--data.labeler", "weak", "--data.size", "256", "--run.steps", "96", "--optim.lr", "6e-4"]
-CURED = [*WEAK, "--rm.hard_negatives", "0.25"]
-FREE = ["--ppo.kl_coef", "0.02", "--run.steps", "12"]
-KINDS = {"good": ([], []), "weak": (WEAK, FREE), "cured": (CURED, FREE)}
+WEAK = ["--data.labeler", "weak", "--data.size", "1024", "--optim.lr", "1e-3", "--run.steps"]  # as in the failure lab
+SHORT = ["--run.steps", "12"]
+KINDS = {"good": ([], []), "weak": ([*WEAK, "160"], SHORT),
+         "cured": ([*WEAK, "200", "--rm.hard_negatives", "0.25"], SHORT)}  # fmt: skip
 
 
 def script(name, out, *argv):

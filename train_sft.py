@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from minirlhf import stage
-from minirlhf.adapt import sft_model
+from minirlhf.adapt import sft_model, uses_lora
 from minirlhf.config import SFTConfig
 from minirlhf.data import collate, encode_sft, microbatches, step_rows
 from minirlhf.engine import Engine
+from minirlhf.errors import UsageError
 from minirlhf.evaluate import sft_loss, sft_targets
 from minirlhf.fit import fit
 from minirlhf.loss import imitation_loss
@@ -40,6 +41,10 @@ def main(config: SFTConfig, run: Run) -> None:
         loaded = stage.load(c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py")
     else:
         loaded = stage.make(c, [r.prompt + r.response for r in records])
+    if c.sft.lisa_layers and uses_lora(loaded.model, c):
+        raise UsageError(
+            f"sft.lisa_layers draws whole blocks, and model.path {c.model.path} is an adapter; set it to 0"
+        )
     model, tokenizer, template = sft_model(loaded.model, c), loaded.tokenizer, loaded.template
     max_length = c.data.max_length or model.config.max_seq_len
     examples, counts = encode_sft(records, tokenizer, template, max_length)

@@ -4,8 +4,8 @@ python benchmarks/compare.py [SEED ...]                     the built-in task; b
 python benchmarks/compare.py --data reviews_zh_ranked.tsv   the Chinese reviews, after the presets' first two stages
 
 Every method of the built-in task sees 25,600 answers: PPO and the like draw them from the policy as it learns; DPO,
-chosen-only and RWR get them as 12,800 pairs that the labeler judged, best-of-n as 3,200 lists of 8 of which the reward
-model takes the best. All are measured on the same 1,024 prompts.
+chosen-only and RWR get them as 12,800 pairs that the labeler judged (the latter two less 256 held out), best-of-n
+as 3,200 lists of 8 of which the reward model takes the best. All are measured on the same 1,024 prompts.
 """
 
 import argparse

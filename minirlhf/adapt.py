@@ -170,8 +170,8 @@ def adapted(model: CausalLM, config: Any, owner: Any) -> Any:
         get_adapter(owner, TRAINED).base = os.path.abspath(config.model.path)
     adapter = get_adapter(owner, TRAINED)
     adapter.config = replace(adapter.config, dropout=lora.dropout)
-    for layer in adapter.by_path().values():
-        layer.dropout = lora.dropout
+    for path, layer in adapter.by_path().items():
+        layer.dropout = 0.0 if path == "head" else lora.dropout  # log-probs are of its weight, which is never called
     return adapter_view(owner, TRAINED)
 
 
@@ -261,7 +261,10 @@ def value_model(policy: CausalLM, reward: RewardModel | None, config: Any) -> Va
     if start == "kept":
         return _kept(policy, kind, config)
     if kind == "shared":
-        return SharedValueModel(policy)
+        shared = SharedValueModel(policy)
+        if lora:
+            _own_adapter(shared)  # as it will be saved
+        return shared
     near = reward is not None and (kind == "separate" or shares_base(reward, policy))
     start = {"auto": "reward_trunk" if near else "policy"}.get(start, start)
     if start != "policy" and not near:

@@ -83,11 +83,11 @@ class LoRASection:
 
     r: int = key(0, "rank of a new adapter; 0: train every weight, or the adapter at model.path", low=0)
     alpha: float = key(16.0, "the update of a new adapter is scaled by alpha / r", low=0.0)
-    dropout: float = key(0.0, "dropout before A", low=0.0, high=0.99)
+    dropout: float = key(0.0, "dropout before A, but in an adapter of the head", low=0.0, high=0.99)
     targets: tuple[str, ...] = key(
         ("auto",),
         "Hugging Face names of modules, or one regular expression; all-linear: every linear layer but the head; "
-        "auto: the head too where it is small",
+        "auto: the head too where it is small (tied to the embedding it cannot be merged)",
     )
     rslora: bool = key(False, "scale by alpha / √r instead (rank-stabilised)")
 

@@ -61,7 +61,8 @@ class LowRank(nn.Module):
 
     def merged(self, weight: Tensor) -> Tensor:  # (n_out, n_in) → same shape, at least fp32
         """The weight that does both."""
-        return weight.to(self.A.dtype) + self.scale * (self.B @ self.A)
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight.to(self.A.dtype) + self.scale * (self.B @ self.A)
 
 
 class Whole(nn.Module):
@@ -178,14 +179,18 @@ def copy_adapter(model: Model, source: str, target: str, *, to: Model | None = N
     """An adapter's double, with tensors of its own: the reference of a policy that goes on training.
 
     `to`: another model of the same architecture, a language model's adapter for a value model, say. It keeps its own
-    score head where the adapter has none, and a language model's head stays behind.
+    score head where the adapter has none, and a language model's head stays behind. Raises UsageError where nothing
+    else is left.
     """
     adapter, to = get_adapter(model, source), model if to is None else to
     layers, config = _own_score(to) | copy.deepcopy(adapter.by_path()), adapter.config
     if "head" in layers and not hasattr(to, "head"):
         del layers["head"]
         names = target_modules(to, ALL)
-        config = replace(config, targets=tuple(names[path] for path in layers if path in names))
+        kept = tuple(names[path] for path in layers if path in names)
+        if not kept:
+            raise UsageError(f"adapter {source!r} changes the head alone, which this model has not; add lora.targets")
+        config = replace(config, targets=kept)
     _attach(to, target, Adapter(config, layers, adapter.base))
 
 

@@ -189,6 +189,8 @@ def role_bytes(models: Mapping[str, nn.Module]) -> dict[str, list[int]]:
 def largest_activation(config: ModelConfig, sizes: Sizes, size: int, device: str) -> tuple[str, int]:
     """Its name and bytes, in the update or in sampling."""
     found = {f"{name}, update": n for name, n in activation_bytes(config, sizes.rows, sizes.tokens, size).items()}
+    if any(vars(getattr(model, "head", model)).get("adapter") for model in sizes.models.values()):
+        found["head under its adapter, update"] = config.vocab_size * config.d_model * FP32  # and its gradient
     if sizes.targets:
         found["logits, update"] = head_bytes(config, sizes.rows * sizes.targets, device)
     if sizes.answers:

@@ -60,9 +60,10 @@ def keep_mean(optimizer: torch.optim.Optimizer, model: nn.Module, decay: float) 
 @contextmanager
 def some_layers(blocks: nn.ModuleList, n: int, rng: torch.Generator) -> Iterator[None]:
     """LISA (Pan et al. 2024, arXiv 2403.17919, algorithm 1): n blocks, drawn without replacement, and all that is in
-    no block (embeddings, last norm, head) get gradients; the other blocks get none, so that AdamW passes them over."""
-    drawn = set(torch.randperm(len(blocks), generator=rng)[:n].tolist())
-    idle = [p for i, block in enumerate(blocks) if i not in drawn for p in block.parameters() if p.requires_grad]
+    no block (embeddings, last norm, head) get gradients; the other blocks get none, so that AdamW passes them over.
+    Blocks that are frozen altogether are not drawn."""
+    able = [p for p in ([p for p in block.parameters() if p.requires_grad] for block in blocks) if p]
+    idle = [p for i in torch.randperm(len(able), generator=rng)[n:].tolist() for p in able[i]]
     for p in idle:
         p.requires_grad_(False)
     try:

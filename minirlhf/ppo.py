@@ -78,7 +78,7 @@ def ppo_iteration(  # noqa: PLR0913  (what one iteration depends on, and nothing
     advantages, returns = estimate(rewards, rollout.values, actions, states, o)  # (B, R) each
     require_finite(
         scores=scores, old_logprobs=rollout.old_logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values,
-        rewards=rewards, advantages=advantages,
+        rewards=rewards, advantages=advantages, returns=returns,
     )  # fmt: skip
     fitted = states if o.value_at_end else actions  # (B, R) where the value is trained
 

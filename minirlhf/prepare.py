@@ -13,11 +13,13 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from minirlhf.errors import DataError, UsageError, UserError
@@ -44,14 +46,14 @@ def rows_of(path: str) -> list[Row]:
 
 def mix(sources: Sequence[tuple[Sequence[Row], float]], *, by: str, cap: int, seed: int) -> list[Row]:
     """Rows of all sources in random order: of weight w, ⌊w⌋ times all and a random share w - ⌊w⌋ of them. Of the rows
-    with one value of the field `by`, or without `by` of one source, a random `cap` are kept; 0: all."""
+    with one value of the field `by`, and of those of one source without it, a random `cap` are kept; 0: all."""
     rng = random.Random(seed)
     groups: dict[Hashable, list[Row]] = defaultdict(list)
     for place, (rows, weight) in enumerate(sources):
         whole = math.floor(weight)
         part = rng.sample(range(len(rows)), round((weight - whole) * len(rows)))
         for row in [*list(rows) * whole, *(rows[i] for i in sorted(part))]:
-            groups[json.dumps(row.get(by)) if by else place].append(row)
+            groups[json.dumps(row[by], sort_keys=True) if by in row else place].append(row)
     mixed = [row for rows in groups.values() for row in (rng.sample(rows, cap) if 0 < cap < len(rows) else rows)]
     rng.shuffle(mixed)
     return mixed
@@ -96,9 +98,10 @@ def pairs(rows: Sequence[Row], *, margin: float) -> list[Row]:
     answers: dict[str, dict[str, float]] = defaultdict(dict)
     for place, row in enumerate(rows):
         prompt, response, score = (row.get(name) for name in ("prompt", "response", "score"))
-        if not (isinstance(prompt, str) and isinstance(response, str) and isinstance(score, int | float)):
+        if not isinstance(prompt, str) or not isinstance(response, str) or type(score) not in (int, float):
             raise DataError(f"row {place + 1}: needs prompt, response and a number as score, as minirlhf.score gives")
-        answers[prompt][response] = score
+        if answers[prompt].setdefault(response, float(score)) != score:  # type: ignore[arg-type]
+            raise DataError(f"row {place + 1}: the same answer to the same prompt had another score before")
     found = []
     for prompt, scores in answers.items():
         for (a, x), (b, y) in combinations(scores.items(), 2):
@@ -122,7 +125,7 @@ def elo(played: Iterable[Game]) -> list[Row]:
 
 def weighted(argument: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT."""
-    path, colon, number = argument.rpartition(":")
+    path, colon, number = ("", "", "") if Path(argument).exists() else argument.rpartition(":")
     try:
         weight = float(number) if colon else 1.0
     except ValueError:
@@ -157,6 +160,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--margin", type=float, default=0.0, help="scores must differ by more (default 0)")
     command("elo", "ratings of ranked answers")
     args = parser.parse_args(argv)
+    if args.command == "split" and Path(args.train).resolve() == Path(args.held_out).resolve():
+        parser.error("--train and --held_out are the same file")
     for name, low, high in (("cap", 0, 2**31), ("share", 0.0, 1.0), ("margin", 0.0, 1e30)):
         if not low <= getattr(args, name, low) <= high:
             parser.error(f"--{name} {getattr(args, name)} is out of range")
@@ -167,6 +172,8 @@ def run(args: argparse.Namespace) -> tuple[list[Row], str]:
     """Rows for stdout, and what there is to say about them."""
     if args.command == "mix":
         sources = [(rows_of(path), weight) for path, weight in map(weighted, args.files)]
+        if args.by and not any(args.by in row for rows, _ in sources for row in rows):
+            raise DataError(f"no row of {', '.join(args.files)} has a field {args.by!r} to count by")
         mixed = mix(sources, by=args.by, cap=args.cap, seed=args.seed)
         return mixed, f"{len(mixed)} of {sum(len(rows) for rows, _ in sources)} rows"
     if args.command == "split":
@@ -195,8 +202,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(e, e.exit_code, None)
     except OSError as e:
         return complain(f"{e.filename}: {e.strerror or e}", UsageError.exit_code, None)
-    for row in rows:
-        print(json.dumps(row, ensure_ascii=False))  # noqa: T201
+    try:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))  # noqa: T201
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the rows has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(words, file=sys.stderr)  # noqa: T201
     return 0
 

@@ -104,3 +104,18 @@ def test_lisa_resumes_bit_for_bit(stages, tmp_path):
     assert digests(tmp_path / "cut/final") == digests(tmp_path / "whole/final")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert "lora.r 0" in script("sft", *lisa, "--run.engine", "mini", "--run.dir", tmp_path / "x", cwd=stages, code=2)
+
+
+def test_lisa_draws_among_blocks_that_learn():
+    lm = freeze(model(), r"blocks\.[012]\.")
+    with some_layers(lm.trunk.blocks, 1, generator(0, "lisa")):
+        assert all(p.requires_grad for p in lm.trunk.blocks[3].parameters())
+    assert not any(p.requires_grad for p in lm.trunk.blocks[0].parameters())
+
+
+def test_lisa_refuses_an_adapter_folder(tmp_path, stages):
+    short = ["--run.steps", "1", "--data.size", "64", "--optim.warmup_steps", "0", "--lora.r", "2"]
+    script("sft", *short, "--model.path", stages / "runs/sft/final", "--run.dir", tmp_path / "a", cwd=stages)
+    line = script("sft", *TINY["sft"], "--model.path", tmp_path / "a/final", "--sft.lisa_layers", "1",
+                  "--run.dir", tmp_path / "b", cwd=stages, code=2)  # fmt: skip
+    assert "is an adapter" in line

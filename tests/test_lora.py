@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerance import assert_close, exact, fp32, fp64
+from tolerance import assert_close, bf16, exact, fp32, fp64
 from torch.nn import functional as F
 
 from minirlhf.errors import UsageError
@@ -25,7 +25,7 @@ from minirlhf.lora import (
     target_modules,
     use_adapter,
 )
-from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.model import CausalLM, ModelConfig, output_weight
 from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, Rollout, policy_stats, state_values, target_stats
 
@@ -101,6 +101,33 @@ def test_an_adapter_of_the_head(family):
     else:
         merge_adapter(model, "a")
         assert_close(model(IDS, MASK)[MASK], expected[MASK], fp64)
+
+
+def test_under_autocast_the_head_s_adapter_is_exact():
+    """Sampling calls the head, log-probs take its weight: both in fp32."""
+    model = lm()
+    add_adapter(model, "a", replace(CONFIG, targets=("lm_head",)))
+    stir(model, "a")
+    hidden = torch.randn(5, 16)
+    with use_adapter(model, "a"), torch.no_grad():
+        expected = hidden @ output_weight(model.head).T
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_close(hidden @ output_weight(model.head).T.float(), expected, bf16)
+            assert torch.equal(output_weight(model.head), model.head.weight + 2.0 * dense_update(model, "a"))
+            assert_close(model.head(hidden), expected, fp32)
+
+
+def dense_update(model, name):
+    layer = get_adapter(model, name).by_path()["head"]
+    with torch.autocast("cpu", enabled=False):
+        return layer.B @ layer.A
+
+
+def test_an_adapter_of_the_head_alone_is_nothing_to_a_value_model():
+    model = lm()
+    add_adapter(model, "a", replace(CONFIG, targets=("lm_head",)))
+    with pytest.raises(UsageError, match="changes the head alone"):
+        copy_adapter(model, "a", "b", to=ValueModel(model.trunk))
 
 
 def test_a_copy_for_a_model_without_a_head_leaves_it_behind():

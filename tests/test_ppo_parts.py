@@ -10,6 +10,7 @@ from test_ppo import iterate, weights
 from test_rollout import OPTIONS, roles_of, roll
 from tolerance import assert_close, exact, fp32, fp64
 
+from minirlhf import ppo
 from minirlhf.errors import NonFiniteError
 from minirlhf.ppo import (
     TokenSums,
@@ -266,3 +267,11 @@ def test_the_rollout_s_metrics_by_hand():
         "sampler/mismatch_max": 0.5,
         "sampler/mismatch_mean": 0.75 / 4,
     }
+
+
+def test_returns_that_are_none_are_named(monkeypatch):
+    """Where the advantages hide it: a mistake of an estimator of one's own."""
+    roles, rollout = in_fp64()
+    monkeypatch.setattr(ppo, "estimate", lambda rewards, *_: (torch.zeros_like(rewards), rewards * math.nan))
+    with pytest.raises(NonFiniteError, match=r"^returns of answer 0, token 0"):
+        iterate(roles, rollout)

@@ -45,6 +45,9 @@ def test_a_cap_counts_files_or_values_of_a_field():
     assert len(by_file) == 16
     by_task = mix(both, by="task", cap=8, seed=0)
     assert Counter(row["task"] for row in by_task) == {"a": 8, "b": 3}
+    texts = [[{"text": f"{name}{i}"} for i in range(5)] for name in "st"]
+    by_task = mix([*both, *((rows_, 1) for rows_ in texts)], by="task", cap=4, seed=0)
+    assert len(by_task) == 4 + 3 + 4 + 4  # what has no task is counted by its file
 
 
 def test_the_seed_decides_the_order_and_nothing_is_lost():
@@ -128,14 +131,28 @@ def test_commands(run):
         (["mix", "bad.jsonl"], 3, "bad.jsonl:1: "),
         (["split", "a.jsonl", "--by", "user", "--train", "t", "--held_out", "h"], 3, "row 1: has no field 'user'"),
         (["split", "a.jsonl", "--by", "prompt", "--train", "no/t", "--held_out", "h"], 2, "no/t: No such file"),
+        (["mix", "a.jsonl", "--by", "tsak"], 3, "no row of a.jsonl has a field 'tsak'"),
+        (["pairs", "twice.jsonl"], 3, "row 2: the same answer to the same prompt had another score"),
         (["conflicts", "a.jsonl"], 3, "a.jsonl: holds no preferences"),
         (["pairs", "a.jsonl"], 3, "row 1: needs"),
     ],
 )
 def test_mistakes_are_one_line(run, argv, code, words, tmp_path):
     (tmp_path / "bad.jsonl").write_text("[1, 2\n")
+    twice = [{"prompt": "p", "response": "a", "score": s} for s in (1, 5)]
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twice))
     got, out, err = run({"a.jsonl": rows(2)}, *argv)
     assert (got, out) == (code, [])
     assert err.startswith("error: ")
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_one_file_cannot_take_both_halves(run):
+    with pytest.raises(SystemExit):
+        run({"a.jsonl": rows(2)}, "split", "a.jsonl", "--by", "prompt", "--train", "o", "--held_out", "./o")
+
+
+def test_a_name_with_a_colon_is_a_name(run):
+    assert run({"a:2": rows(3)}, "mix", "a:2")[2] == "3 of 3 rows\n"
+    assert run({}, "mix", "a:2:2")[2] == "6 of 3 rows\n"

@@ -246,11 +246,11 @@ print((peak() - before) / weights)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loading_holds_the_weights_once(dtype, tmp_path):
     save_pretrained(lm("gpt2"), tmp_path / "tiny")
-    big = ModelConfig(family="gpt2", vocab_size=20000, n_layer=4, n_head=16, d_model=768, max_seq_len=64)
+    big = ModelConfig(family="gpt2", vocab_size=20000, n_layer=8, n_head=16, d_model=768, max_seq_len=64)
     save_pretrained(CausalLM(big).to(dtype), tmp_path / "big")
     command = [sys.executable, "-c", MEASURE, tmp_path / "tiny", tmp_path / "big", tmp_path / "out"]
     loading, saving = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    assert 0.9 < loading <= 1.15, f"{loading:.3f} times the weights"  # 175 MB
+    assert 0.9 < loading <= 1.15, f"{loading:.3f} times the weights"  # 290 MB in fp32
     assert saving <= 0.5, f"{saving:.3f} times the weights"  # the embedding is a third of them
 
 

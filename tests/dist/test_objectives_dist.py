@@ -1,5 +1,7 @@
 """PPO without a critic, beside texts, under two ranks: the same numbers as one process."""
 
+import shutil
+
 import pytest
 from test_scripts import TINY, script
 from test_scripts_dist import assert_same_run, torchrun
@@ -21,4 +23,14 @@ def test_two_ranks_are_one_process(tmp_path, engine):
     )
     script("ppo", *ARGV, "--run.dir", "one", cwd=tmp_path)
     torchrun("ppo", 2, *ARGV, "--run.engine", engine, "--run.dir", "two", cwd=tmp_path)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_reward_model_as_a_function_of_texts_is_asked_by_each_rank(tmp_path, stages):
+    """`reward_of` must not take the other rank's answers for its own."""
+    shutil.copytree(stages, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "mine.py").write_text("from minirlhf.score import reward_of\n\nreward = reward_of('runs/rm/final')\n")
+    argv = [*TINY["ppo"], "--reward.fn", "mine:reward", "--optim.eps", "1e-5"]  # as in test_scripts_dist
+    script("ppo", *argv, "--run.dir", "one", cwd=tmp_path)
+    torchrun("ppo", 2, *argv, "--run.dir", "two", cwd=tmp_path)
     assert_same_run(tmp_path / "two", tmp_path / "one")

@@ -200,6 +200,7 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
         full = tokenizers.Tokenizer.from_str(text)
         ids = full.get_vocab(with_added_tokens=True).values()
         added = [(token["content"], token["id"]) for token in json.loads(text)["added_tokens"]]
+        tokenizers.Tokenizer.from_str(full.to_str())  # what is read once may not be read again
     except Exception as e:
         raise CheckpointError(f"{path}: is no usable tokenizer.json ({shown(str(e))})") from e
     if not ids or max(ids) > 2 * len(ids) + 1024:

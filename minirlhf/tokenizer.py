@@ -200,11 +200,11 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
         full = tokenizers.Tokenizer.from_str(text)
         ids = full.get_vocab(with_added_tokens=True).values()
         added = [(token["content"], token["id"]) for token in json.loads(text)["added_tokens"]]
+        if not ids or max(ids) > 2 * len(ids) + 1024:
+            raise ValueError(f"{len(ids)} tokens with ids up to {max(ids, default=0)}")
         tokenizers.Tokenizer.from_str(full.to_str())  # what is read once may not be read again
     except Exception as e:
         raise CheckpointError(f"{path}: is no usable tokenizer.json ({shown(str(e))})") from e
-    if not ids or max(ids) > 2 * len(ids) + 1024:
-        raise CheckpointError(f"{path}: {len(ids)} tokens with ids up to {max(ids, default=0)}")
     for spelling, token_id in added:  # the library numbers them anew where they do not fit
         if full.token_to_id(spelling) != token_id:
             raise CheckpointError(

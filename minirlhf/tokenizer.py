@@ -203,7 +203,9 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
         if not ids or max(ids) > 2 * len(ids) + 1024:
             raise ValueError(f"{len(ids)} tokens with ids up to {max(ids, default=0)}")
         tokenizers.Tokenizer.from_str(full.to_str())  # what is read once may not be read again
-    except Exception as e:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of the library is no Exception
         raise CheckpointError(f"{path}: is no usable tokenizer.json ({shown(str(e))})") from e
     for spelling, token_id in added:  # the library numbers them anew where they do not fit
         if full.token_to_id(spelling) != token_id:

@@ -265,6 +265,15 @@ def test_two_words_under_one_id(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+def test_a_panic_of_the_library_is_an_error_like_others(tmp_path):
+    """A prefix longer than the second half of a merge."""
+    vocab = {"<eos>": 0, "a": 1, "b": 2, "ab": 3}
+    model = {"type": "BPE", "continuing_subword_prefix": "#" * 9, "vocab": vocab, "merges": [["a", "b"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is no usable tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
 def test_absent_files_and_sentencepiece(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)

@@ -257,7 +257,7 @@ def test_files_that_are_no_tokenizer(tmp_path, content):
 
 
 def test_two_words_under_one_id(tmp_path):
-    """The library reads it, and writes a merge that it cannot read again."""
+    """The library reads it, and may write a merge that it cannot read again."""
     vocab = {"<eos>": 0, "a": 1, "b": 2, "ab": 3, "F": 1, "Z": 2}
     model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]]}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))

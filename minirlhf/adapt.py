@@ -263,7 +263,7 @@ def value_model(policy: CausalLM, reward: RewardModel | None, config: Any) -> Va
     if kind == "shared":
         shared = SharedValueModel(policy)
         if lora:
-            _own_adapter(shared)  # as it will be saved
+            _own_adapter(shared)  # what could not be saved at the end is refused now
         return shared
     near = reward is not None and (kind == "separate" or shares_base(reward, policy))
     start = {"auto": "reward_trunk" if near else "policy"}.get(start, start)

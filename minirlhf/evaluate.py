@@ -96,13 +96,17 @@ def score_texts(
     responses: Sequence[str],
     device: str = "cpu",
 ) -> list[float]:
-    """One score per answer."""
-    sequences = [
-        template.prompt_ids(tokenizer, p) + template.response_ids(tokenizer, r)
-        for p, r in zip(prompts, responses, strict=True)
-    ]
-    longest = model.config.max_seq_len
-    return score_rows(model, [s[:longest] for s in sequences], 64, device).tolist()
+    """One score per answer, each rank running its share."""
+    return score_rows(model, text_ids(model, tokenizer, template, prompts, responses), 64, device).tolist()
+
+
+def text_ids(
+    model: RewardModel, tokenizer: Tokenizer, template: Template, prompts: Sequence[str], responses: Sequence[str]
+) -> list[list[int]]:
+    """Prompt and finished answer as tokens; of what is longer than the model reads the beginning."""
+    both = zip(prompts, responses, strict=True)
+    sequences = [template.prompt_ids(tokenizer, p) + template.response_ids(tokenizer, r) for p, r in both]
+    return [ids[: model.config.max_seq_len] for ids in sequences]
 
 
 @torch.no_grad()

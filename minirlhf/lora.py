@@ -261,8 +261,8 @@ def target_modules(model: Model, targets: tuple[str, ...] | str) -> dict[str, st
     """Our path → Hugging Face path of each targeted linear layer; UsageError where an entry matches none."""
     ours = {theirs: path for path, theirs in model.module_names().items()}
     linear = [theirs for theirs, path in ours.items() if isinstance(model.get_submodule(path), nn.Linear)]
-    heads = {theirs for theirs in linear if ours[theirs] in ("head", SCORE)}
     able = [theirs for theirs in linear if ours[theirs] != SCORE]
+    heads = [theirs for theirs in able if ours[theirs] == "head"]
     return {ours[theirs]: theirs for theirs in match_targets(targets, ours, able, heads)}
 
 

@@ -21,7 +21,7 @@ import torch
 from minirlhf.chat import open_folder
 from minirlhf.data import encode_lists
 from minirlhf.errors import DataError, UserError
-from minirlhf.evaluate import ranking_accuracy, score_sequences
+from minirlhf.evaluate import ranking_accuracy, score_sequences, text_ids
 from minirlhf.formats import read_records
 from minirlhf.pretrained import load_reward_model
 from minirlhf.run import complain
@@ -30,15 +30,14 @@ from minirlhf.run import complain
 def reward_of(folder: str, *, template: str = "", device: str = "cpu") -> Callable[..., list[float]]:
     """The reward model of a folder as a function (prompts, responses) → scores, to build a `reward.fn` of: sums with
     weights, the lowest of several models, models with another tokenizer, template or size than the policy's. Each rank
-    asks about its own answers. A text that was cut ends here like any other."""
+    asks about its own answers. A text that was cut ends here like any other; one that is too long is read to where
+    the model's positions end."""
     model, tokenizer, words, _ = open_folder(folder, load_reward_model, template=template, device=device)
 
     @torch.no_grad()
     def scores(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        both = zip(prompts, responses, strict=True)
-        sequences = [words.prompt_ids(tokenizer, p) + words.response_ids(tokenizer, r) for p, r in both]
-        kept = [ids[: model.config.max_seq_len] for ids in sequences]
-        return score_sequences(model, kept, 64, device).tolist() if kept else []
+        sequences = text_ids(model, tokenizer, words, prompts, responses)
+        return score_sequences(model, sequences, 64, device).tolist() if sequences else []
 
     return scores
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerance import assert_close, bf16, exact, fp32, fp64
+from tolerance import assert_close, exact, fp32, fp64
 from torch.nn import functional as F
 
 from minirlhf.errors import UsageError
@@ -112,7 +112,6 @@ def test_under_autocast_the_head_s_adapter_is_exact():
     with use_adapter(model, "a"), torch.no_grad():
         expected = hidden @ output_weight(model.head).T
         with torch.autocast("cpu", torch.bfloat16):
-            assert_close(hidden @ output_weight(model.head).T.float(), expected, bf16)
             assert torch.equal(output_weight(model.head), model.head.weight + 2.0 * dense_update(model, "a"))
             assert_close(model.head(hidden), expected, fp32)
 

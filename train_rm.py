@@ -8,7 +8,7 @@ K = 2 that is Bradley-Terry. The score is read at an answer's last token.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,16 +16,20 @@ from torch import Tensor
 
 from minirlhf import stage
 from minirlhf.adapt import reward_model
-from minirlhf.config import RMConfig
-from minirlhf.data import encode_lists, microbatches, pad, step_rows
+from minirlhf.config import RMConfig, RMSection
+from minirlhf.data import RankedList, encode_lists, microbatches, pad, side_by_side, step_rows
 from minirlhf.engine import Engine
+from minirlhf.errors import DataError
 from minirlhf.evaluate import ranking_accuracy, score_sequences, score_texts
 from minirlhf.fit import fit
-from minirlhf.loss import centering_penalty, ranking_loss
+from minirlhf.loss import centering_penalty, direct_score_loss, ranking_loss
+from minirlhf.masked import keep
 from minirlhf.memory import dry_run
 from minirlhf.pretrained import load_causal_lm
 from minirlhf.probe import hard_negatives, write_probe
 from minirlhf.run import Run, run_script
+
+OWN = 256  # answers of the starting model that rm.normalize asks for
 
 
 def main(config: RMConfig, run: Run) -> None:
@@ -35,28 +39,27 @@ def main(config: RMConfig, run: Run) -> None:
         c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py"
     )
     loaded = stage.Loaded(policy, tokenizer, template, {})
-    records, held_out = stage.ranked_records(c, run, loaded)
+    records, held_out = stage.ranked_records(c, run, loaded, loss=c.rm.loss)
+    own = stage.own_answers(c, loaded, records, OWN) if c.rm.normalize else None
     model = reward_model(policy, c)
     max_length = c.data.max_length or model.config.max_seq_len
     records = [*records, *hard_negatives(records, c.rm.hard_negatives, c.run.seed)]
     lists, counts = encode_lists(records, tokenizer, template, max_length)
     stage.report_counts("data", counts, len(records))
+    if c.rm.margin and not any(one.grades for one in lists):
+        raise DataError(f"{c.data.path}: its answers have no scores or margins, which rm.margin multiplies")
     validation = encode_lists(held_out, tokenizer, template, max_length)[0] if held_out else []
+    if c.rm.loss == "direct":
+        validation = side_by_side(validation, 16)
     engine = Engine(c.run, [model])
 
     def losses(step: int) -> Iterator[tuple[Tensor, int]]:
         rows = step_rows(len(lists), c.rm.minibatch_size, step - 1, seed=c.run.seed)
         for part in microbatches(rows, size, lambda r: max(map(len, lists[r].sequences))):
             flat = [s for r in part for s in lists[r].sequences]  # N answers
-            ranks = pad([lists[r].ranks for r in part], 0, device=c.run.device)  # (b, K)
-            given = pad([[True] * len(lists[r].ranks) for r in part], False, device=c.run.device)
             with engine.precision():
-                found = score_sequences(model, flat, size, c.run.device, in_step=True)  # (N,)
-            scores = found.new_zeros(ranks.shape).masked_scatter(given, found)  # (b, K)
-            loss = ranking_loss(scores, ranks, kind=c.rm.loss)  # (b,)
-            if c.rm.centering:
-                loss = loss + c.rm.centering * centering_penalty(scores, ranks)
-            yield loss.sum() / len(rows), sum(map(len, flat))
+                scores = score_sequences(model, flat, size, c.run.device, in_step=True)  # (N,)
+            yield list_losses(scores, [lists[r] for r in part], c.rm).sum() / len(rows), sum(map(len, flat))
 
     def validate() -> dict[str, float]:
         found = ranking_accuracy(model, validation, size, c.run.device) if validation else {}
@@ -69,12 +72,28 @@ def main(config: RMConfig, run: Run) -> None:
     ordinary = [(r.prompt, r.responses[i % len(r.responses)]) for i, r in enumerate(held_out or records)]
     prompts, answers = [p for p, _ in ordinary], [a for _, a in ordinary]
     with engine.gathered(model):
+        if own:
+            model.normalize(torch.tensor(score_texts(model, tokenizer, template, *own, c.run.device)))
         scores = torch.tensor(score_texts(model, tokenizer, template, prompts, answers, c.run.device))
         write_probe(run, partial(score_texts, model, tokenizer, template, device=c.run.device), prompts, answers)
-    statistics = {"score_mean": float(scores.mean()), "score_std": float(scores.std(correction=0)),
-                  "score_max": float(scores.max())}  # fmt: skip
+    statistics = {"score_gain": model.gain, "score_bias": model.bias, "score_mean": float(scores.mean()),
+                  "score_std": float(scores.std(correction=0)), "score_max": float(scores.max())}  # fmt: skip
     whole = engine.whole(model)
     stage.conclude(run, lambda folder: stage.save(folder, whole, tokenizer, template, **statistics))
+
+
+def list_losses(found: Tensor, part: Sequence[RankedList], how: RMSection) -> Tensor:  # (N,) → (b,)
+    """The loss of each of b lists, from the scores of their N answers one after another."""
+    ranks = pad([one.ranks for one in part], 0, device=found.device)  # (b, K)
+    given = pad([[True] * len(one.ranks) for one in part], False, device=found.device)  # (b, K)
+    grades = pad([one.grades or [0.0] * len(one.ranks) for one in part], 0.0, device=found.device)  # (b, K)
+    scores = found.new_zeros(ranks.shape).masked_scatter(given, found)  # (b, K)
+    if how.loss == "direct":
+        loss = keep(direct_score_loss(scores, grades), given).sum(1) / given.sum(1)
+    else:
+        margin = how.margin * (grades[:, :, None] - grades[:, None, :])  # (b, K, K)
+        loss = ranking_loss(scores, ranks, kind=how.loss, margin=margin)
+    return loss + how.centering * centering_penalty(scores, ranks) if how.centering else loss
 
 
 def verdict(found: dict[str, float]) -> str:

@@ -9,6 +9,7 @@ own over the same tensors. What goes wrong: another base under the same name giv
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -76,6 +77,22 @@ def open_model(
     beside: CausalLM | None = None,  # a view from `adapted`; an adapter on the same base takes that base's tensors
 ) -> Any:
     """The model of a folder; of an adapter folder the view of its base under the adapter LOADED."""
+    model = _open(folder, loader, device, beside)
+    if isinstance(model, RewardModel):
+        model.gain, model.bias = _normalization(folder)
+    return model
+
+
+def _normalization(folder: Path) -> tuple[float, float]:
+    """What `RewardModel.normalize` found."""
+    meta = read_meta(folder)
+    gain, bias = meta.get("score_gain", 1.0), meta.get("score_bias", 0.0)
+    if not all(isinstance(x, float) and math.isfinite(x) for x in (gain, bias)) or gain <= 0:
+        raise CheckpointError(f"{folder / META}: score_gain {gain!r} and score_bias {bias!r} are no normalization")
+    return gain, bias
+
+
+def _open(folder: Path, loader: Callable[..., Any], device: str, beside: CausalLM | None) -> Any:
     base = base_folder(folder)
     if base is None:
         return loader(folder, device=device)

@@ -157,13 +157,16 @@ class RMSection:
     microbatch_size: int = key(32, "lists or pairs of one forward, per rank", low=1)
     loss: str = key(
         "log",
-        "ranking loss; log: InstructGPT's, equal to Bradley-Terry for pairs",
-        choices=("log", "sigmoid", "softmax"),
+        "of ranked answers; log: InstructGPT's, equal to Bradley-Terry for pairs; direct: (sigmoid(r) - grade)^2 of "
+        "answers with grades from 0 to 1",
+        choices=("log", "sigmoid", "softmax", "direct"),
     )
+    margin: float = key(0.0, "m in log sigmoid(r_w - r_l - m (grade_w - grade_l)), for data with grades", low=0.0)
     centering: float = key(0.0, "c in c (r_w + r_l)^2 (Eisenstein 2023); pairs only", low=0.0)
     hard_negatives: float = key(
         0.0, "pairs with an empty, one-word, repeated or echoing loser, as a share of the data", low=0.0, high=1.0
     )
+    normalize: bool = key(False, "at the end: scores of mean 0 and deviation 1 on answers of the model it starts from")
     eval_every: int = key(0, "steps between validations; 0: ten in a run", low=0)
 
 
@@ -347,6 +350,11 @@ class RMConfig:
     def check(self) -> None:
         """Combinations that cannot work."""
         _divides(self.rm.microbatch_size, self.rm.minibatch_size, "rm.minibatch_size / rm.microbatch_size")
+        if self.rm.margin and self.rm.loss not in ("log", "sigmoid"):
+            raise UsageError(f"rm.margin {self.rm.margin}: rm.loss {self.rm.loss} has no pairs; choose log or sigmoid")
+        if not self.data.path and (self.rm.margin or self.rm.loss == "direct"):
+            raise UsageError("rm.margin and rm.loss direct need graded answers, which the built-in task has not; give "
+                             "--data.path FILE")  # fmt: skip
         _check_common(self)
 
 

@@ -30,6 +30,7 @@ class RankedList(NamedTuple):
 
     sequences: list[list[int]]
     ranks: list[int]  # 1 = best, ties allowed, 0 = absent
+    grades: Sequence[float] = ()  # one per answer, where the data has them
 
 
 class Pair(NamedTuple):
@@ -149,10 +150,20 @@ def encode_lists(
         if max(map(len, sequences)) > max_length:
             counts["too_long"] += 1
         else:
-            lists.append(RankedList(sequences, list(record.ranks)))
+            lists.append(RankedList(sequences, list(record.ranks), getattr(record, "grades", ())))
     if not lists:
         raise DataError(f"no list fits into data.max_length {max_length}")
     return lists, counts
+
+
+def side_by_side(lists: Sequence[RankedList], size: int) -> list[RankedList]:
+    """Graded answers, whatever their prompts, in lists of `size` that are ranked by grade."""
+    flat = [answer for one in lists for answer in zip(one.sequences, one.grades, strict=True)]
+    made = []
+    for first in range(0, len(flat), size):
+        sequences, grades = zip(*flat[first : first + size], strict=True)
+        made.append(RankedList(list(sequences), [1 + sum(g > own for g in grades) for own in grades], grades))
+    return made
 
 
 def encode_pairs(

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from minirlhf.errors import NonFiniteError
 from minirlhf.model import Cache, CausalLM, Head, ModelConfig, Trunk, initialize, trunk_names
 
 
@@ -36,7 +37,20 @@ class ScalarModel(nn.Module):
 
 
 class RewardModel(ScalarModel):
-    """One score per row, read at its last real token (Ouyang et al. 2022, arXiv 2203.02155, section 3.5)."""
+    """One score per row, read at its last real token (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+
+    Scores are `gain` · what the head says + `bias`, which are no weights and which no training changes.
+    """
+
+    gain, bias = 1.0, 0.0
+
+    def normalize(self, scores: Tensor) -> None:  # (N,) of answers of the policy that PPO will start from
+        """From now on scores like these have mean 0 and deviation 1 (Ziegler et al. 2019, arXiv 1909.08593, section
+        2.1). Raises NonFiniteError where they are all equal."""
+        mean, std = float(scores.double().mean()), float(scores.double().std(correction=0))
+        if not std > 1e-6 * abs(mean):
+            raise NonFiniteError(f"rm.normalize: the scores of {len(scores)} answers are all {mean:.4g}")
+        self.gain, self.bias = self.gain / std, (self.bias - mean) / std
 
     @classmethod
     def from_causal_lm(cls, model: CausalLM, rng: torch.Generator | None = None) -> Self:
@@ -51,7 +65,8 @@ class RewardModel(ScalarModel):
         """The score at the last True of the mask, on whichever side the padding is."""
         hidden = self.trunk(input_ids, attention_mask)  # (B, T, C)
         row = torch.arange(len(hidden), device=hidden.device)
-        return self.score(hidden[row, last_true(input_ids, attention_mask)])[:, 0]  # (B,)
+        said = self.score(hidden[row, last_true(input_ids, attention_mask)])[:, 0]  # (B,)
+        return self.gain * said + self.bias
 
 
 class ValueModel(ScalarModel):

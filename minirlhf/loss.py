@@ -214,13 +214,14 @@ def ranking_loss(
     ranks: Tensor,  # (B, K) int, 1 = best, equal = tied, 0 = absent
     *,
     kind: str = "log",  # "log" | "sigmoid" | "softmax"
+    margin: Tensor | float = 0.0,  # (B, K, K), [b, i, j] for i ranked above j, or one for all pairs; not for softmax
 ) -> Tensor:  # (B,)
     """Loss of lists of K answers; a list without a strict pair gives 0 and no gradient.
 
-    log: -mean of log σ(r_i - r_j) over the pairs with i above j (Ouyang et al. 2022, arXiv 2203.02155, eq. 1, whose
-    C(K,2) is the number of pairs without ties) · sigmoid: -mean of σ(r_i - r_j), a variant in circulation, never above
-    0 · softmax: -log of the best answer's share among the present (Ziegler et al. 2019, arXiv 1909.08593, eq. 1); the
-    mean over tied best.
+    log: -mean of log σ(r_i - r_j - margin) over the pairs with i above j (Ouyang et al. 2022, arXiv 2203.02155, eq. 1,
+    whose C(K,2) is the number of pairs without ties; the margin as in `pairwise_loss`) · sigmoid: -mean of the same σ,
+    a variant in circulation, never above 0 · softmax: -log of the best answer's share among the present (Ziegler et al.
+    2019, arXiv 1909.08593, eq. 1); the mean over tied best.
     """
     if kind not in ("log", "sigmoid", "softmax"):
         raise ValueError(f"ranking_loss: kind {kind!r} is none of log, sigmoid, softmax")
@@ -234,7 +235,7 @@ def ranking_loss(
         best = present & (order == order.amin(1, keepdim=True))  # (B, K)
         loss = -torch.where(best, share, 0.0).sum(1) / best.sum(1).clamp(min=1)
         return torch.where(n > 0, loss, 0.0)
-    gap = r[:, :, None] - r[:, None, :]  # (B, K, K) r_i - r_j
+    gap = r[:, :, None] - r[:, None, :] - margin  # (B, K, K) r_i - r_j - margin
     loss = F.logsigmoid(gap) if kind == "log" else torch.sigmoid(gap)
     return -torch.where(pairs, loss, 0.0).sum((1, 2)) / n.clamp(min=1)
 
@@ -260,7 +261,7 @@ def _strict_pairs(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:  # (B
     return pairs, pairs.sum((1, 2))
 
 
-def direct_score_loss(scores: Tensor, labels: Tensor) -> Tensor:  # (B,), (B,) in [0, 1] → (B,)
+def direct_score_loss(scores: Tensor, labels: Tensor) -> Tensor:  # any shape, the same in [0, 1] → the same
     """(σ(s) - label)², for answers that were graded one by one (OpenAI 2019's scalar rating, there without σ)."""
     assert scores.shape == labels.shape, (scores.shape, labels.shape)
     return (torch.sigmoid(_wide(scores)) - labels).square()

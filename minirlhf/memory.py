@@ -108,7 +108,7 @@ def rm_sizes(config: Any, run: Any) -> Sizes:
     models = {"reward model": reward_model(loaded.model, c), "model.path": loaded.model}
     if not c.data.path:
         return _judged(c, loaded, models, c.rm.microbatch_size)
-    records, _ = stage.ranked_records(c, run, loaded)
+    records, _ = stage.ranked_records(c, run, loaded, loss=c.rm.loss)
     longest = c.data.max_length or loaded.model.config.max_seq_len
     lists, _ = encode_lists(records, loaded.tokenizer, loaded.template, longest)
     return Sizes(models, c.rm.microbatch_size, max(len(s) for one in lists for s in one.sequences))

@@ -5,11 +5,12 @@ ordinary pairs does not show that; this table does, before anything is trained o
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from minirlhf.errors import AlarmError
+from minirlhf.readers import Ranking
 from minirlhf.rng import generator
 from minirlhf.run import Run, write_json
 
@@ -21,14 +22,6 @@ DEGENERATE = (
     "each answer five times",
     "echo of the prompt",
 )  # red when they are preferred
-
-
-class Pair(NamedTuple):
-    """A preference."""
-
-    prompt: str
-    responses: list[str]
-    ranks: list[int]
 
 
 def variants(prompts: Sequence[str], answers: Sequence[str], seed: int) -> dict[str, list[str | None]]:
@@ -108,22 +101,26 @@ def write_probe(
 
 
 def hard_negatives(
-    records: Sequence[Any],  # prompt, responses, ranks
+    records: Sequence[Any],  # prompt, responses, ranks, perhaps grades
     share: float,  # of their number
     seed: int,
-) -> list[Pair]:
-    """So many records once more, each with its best answer before a degenerate one; the kinds take turns."""
+) -> list[Ranking]:
+    """So many records once more, each with its best answer before a degenerate one; the kinds take turns. Among grades
+    the degenerate answer's is 0, or the lowest of its list where that is below."""
     order = torch.randperm(len(records), generator=generator(seed, "hard_negatives")).tolist()
     chosen = []
     for i in order[: round(share * len(records))]:
-        best = min((rank, text) for rank, text in zip(records[i].ranks, records[i].responses, strict=True) if rank)[1]
-        chosen.append((records[i].prompt, best))
+        record = records[i]
+        placed = zip(record.ranks, record.responses, range(len(record.ranks)), strict=True)
+        _, best, k = min(place for place in placed if place[0])
+        grades = getattr(record, "grades", ())
+        chosen.append((record.prompt, best, [grades[k], min(0.0, *grades)] if grades else []))
     if not chosen:
         return []
-    bad = variants([prompt for prompt, _ in chosen], [best for _, best in chosen], seed)
+    bad = variants([prompt for prompt, *_ in chosen], [best for _, best, _ in chosen], seed)
     pairs = []
-    for k, (prompt, best) in enumerate(chosen):
+    for k, (prompt, best, grades) in enumerate(chosen):
         worst = bad[DEGENERATE[k % len(DEGENERATE)]][k]
         if best.strip() and worst is not None and worst != best:
-            pairs.append(Pair(prompt, [best, worst], [1, 2]))
+            pairs.append(Ranking(prompt, [best, worst], [1, 2], grades=grades))
     return pairs

@@ -6,8 +6,8 @@ rows with an empty answer that teach "empty wins".
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from minirlhf.rows import Bad
@@ -40,6 +40,7 @@ class Ranking:
     responses: list[str]
     ranks: list[int]
     line: int = 0
+    grades: list[float] = field(default_factory=list)  # one per answer, higher is better; empty where none were given
 
 
 @dataclass(slots=True)
@@ -114,7 +115,7 @@ def _number(row: Row, key: str) -> float:
     return value
 
 
-def _ranking(prompt: str, responses: list[str], ranks: list[int]) -> Ranking:
+def _ranking(prompt: str, responses: list[str], ranks: list[int], grades: Sequence[float] = ()) -> Ranking:
     """Checked: one rank per response in 0 ... K, at least one strict pair, equal texts ranked equally."""
     if len(ranks) != len(responses):
         raise Bad("rank_invalid", "ranks", f"{len(ranks)} for {len(responses)} responses")
@@ -125,11 +126,11 @@ def _ranking(prompt: str, responses: list[str], ranks: list[int]) -> Ranking:
         raise Bad("rank_invalid", "ranks", "no answer is better than another")
     if len(set(placed)) > len({text for text, _ in placed}):
         raise Bad("identical_answers", "responses")
-    return Ranking(prompt, responses, ranks)
+    return Ranking(prompt, responses, ranks, grades=[float(grade) for grade in grades])
 
 
 def _by_score(prompt: str, responses: list[str], scores: list[float]) -> Ranking:
-    return _ranking(prompt, responses, [1 + sum(other > score for other in scores) for score in scores])
+    return _ranking(prompt, responses, [1 + sum(other > score for other in scores) for score in scores], scores)
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------
@@ -212,9 +213,21 @@ def preference(row: Row, notes: Notes) -> Iterator[Record]:
         answers = [chosen, rejected]
     if answers[0] == answers[1]:
         raise Bad("identical_answers", "chosen and rejected")
-    if "score_chosen" in row and _number(row, "score_chosen") == _number(row, "score_rejected"):
-        raise Bad("rank_invalid", "score_chosen", "a tie")
-    yield _ranking(prompt, answers, [1, 2])
+    yield _ranking(prompt, answers, [1, 2], _grades(row))
+
+
+def _grades(row: Row) -> list[float]:
+    """Of the two answers, from their scores or from their margin, where the row has either."""
+    if "score_chosen" in row:
+        grades = [_number(row, "score_chosen"), _number(row, "score_rejected")]
+        if grades[0] <= grades[1]:
+            raise Bad("rank_invalid", "score_chosen", "a tie" if grades[0] == grades[1] else "below score_rejected")
+        return grades
+    if row.get("margin") is None:
+        return []
+    if _number(row, "margin") < 0:
+        raise Bad("rank_invalid", "margin", "below 0")
+    return [_number(row, "margin"), 0.0]
 
 
 def _from_messages(row: Row) -> tuple[str, list[str]]:

@@ -37,6 +37,7 @@ from minirlhf.lora import adapter_view, adapters
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.probe import TextScore
+from minirlhf.readers import Ranking
 from minirlhf.report import write_report
 from minirlhf.reward import load_reward_fn
 from minirlhf.rng import generator
@@ -282,15 +283,44 @@ def texts_of(records: Sequence[Any]) -> list[Any]:
     return out
 
 
-def ranked_records(config: Any, run: Run, loaded: Loaded) -> tuple[list[Any], list[Any]]:
-    """Training and validation lists: of the file, or pairs of the model's own answers that the labeler judged."""
+def ranked_records(config: Any, run: Run, loaded: Loaded, *, loss: str = "log") -> tuple[list[Any], list[Any]]:
+    """Training and validation lists: of the file, or pairs of the model's own answers that the labeler judged. For the
+    loss `direct` an answer with a label is a list of one."""
     data = config.data
     if data.path:
         records = read(config, run)
-        if not hasattr(records[0], "ranks"):
-            raise DataError(f"{data.path}: holds no preferences; a reward model needs pairs or ranked answers")
+        if loss == "direct":
+            records = [graded(record, data.path) for record in records]
+        elif not hasattr(records[0], "ranks"):
+            more = "; --rm.loss direct learns from labels" if hasattr(records[0], "label") else ""
+            raise DataError(f"{data.path}: holds no preferences; a reward model needs pairs or ranked answers{more}")
         return split(records, data.holdout)
     return tuple(judged_pairs(config, loaded, n, purpose) for n, purpose in ((data.size, "pair"), (VALIDATION, "val")))  # type: ignore[return-value]
+
+
+def graded(record: Any, path: str) -> Any:
+    """The record as a list of answers with grades from 0 to 1."""
+    if hasattr(record, "label"):
+        return Ranking(record.prompt, [record.response], [1], record.line, [record.label])
+    if not getattr(record, "grades", ()):
+        raise DataError(f"{path}:{record.line}: no label or score, which rm.loss direct learns")
+    if not all(0 <= grade <= 1 for grade in record.grades):
+        raise DataError(f"{path}:{record.line}: scores {record.grades} are not from 0 to 1, as rm.loss direct needs")
+    return record
+
+
+def own_answers(config: Any, loaded: Loaded, records: Sequence[Any], n: int) -> tuple[list[str], list[str]]:
+    """n prompts of the records, and what the model says to each."""
+    how = sampling(config, loaded)
+    room = (config.data.max_length or loaded.model.config.max_seq_len) - config.sample.max_new_tokens
+    prompts = list(dict.fromkeys(record.prompt for record in records))[:n]
+    kept, encoded, _ = encode_prompts(prompts, loaded.tokenizer, loaded.template, room)
+    rows = [r % len(kept) for r in range(n)]
+    ids, mask = left_padded([encoded[r] for r in rows], how["pad_token_id"], config.run.device)
+    rngs = [generator(config.run.seed, "own", 0, r) for r in range(n)]
+    loaded.model.to(config.run.device)
+    made = sample_rows(loaded.model, ids, mask, rng=rngs, **how)
+    return [kept[r] for r in rows], decode(made.tokens, made.mask, loaded.tokenizer)
 
 
 def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]:

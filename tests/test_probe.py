@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from minirlhf.errors import AlarmError
-from minirlhf.probe import DEGENERATE, Pair, hard_negatives, probe, variants, write_probe
+from minirlhf.probe import DEGENERATE, hard_negatives, probe, variants, write_probe
+from minirlhf.readers import Ranking
 
 PROMPTS = [f"what of {thing} ?" for thing in ("tea", "film", "bike", "cake")] * 4
 ANSWERS = [
@@ -116,7 +117,7 @@ def test_red_can_stop_the_run_before_it_begins(tmp_path):
 
 
 def test_hard_negatives_put_every_kind_below_the_best_answer():
-    records = [Pair(p, [a, "worse", "absent"], [1, 2, 0]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    records = [Ranking(p, [a, "worse", "absent"], [1, 2, 0]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     made = hard_negatives(records, 1.0, 0)
     assert len(made) == 16
     assert all(pair.ranks == [1, 2] for pair in made)
@@ -131,6 +132,6 @@ def test_hard_negatives_put_every_kind_below_the_best_answer():
 
 
 def test_an_answer_that_is_itself_degenerate_is_no_winner():
-    records = [Pair("p", ["", "a"], [1, 2])] * len(DEGENERATE) + [Pair("p", ["x", "y"], [2, 1])]
+    records = [Ranking("p", ["", "a"], [1, 2])] * len(DEGENERATE) + [Ranking("p", ["x", "y"], [2, 1])]
     made = hard_negatives(records, 1.0, 0)
     assert {pair.responses[0] for pair in made} <= {"y"}

@@ -651,13 +651,13 @@ def reward_model_losses():
     )  # fmt: skip
     scores = [D("1"), D("0.5"), D("0"), D("-0.5")]
 
-    def listwise(ranks, term, slope):
-        """Sums over the strict pairs, and the slopes of each score."""
+    def listwise(ranks, term, slope, grades=(0, 0, 0, 0)):
+        """Sums over the strict pairs, and the slopes of each score; margins are the grades' differences."""
         total, slopes, n = D(0), [D(0)] * 4, 0
         for i in range(4):
             for j in range(4):
                 if 0 < ranks[i] < ranks[j]:
-                    gap = scores[i] - scores[j]
+                    gap = scores[i] - scores[j] - (D(grades[i]) - D(grades[j]))
                     total, n = total + term(gap), n + 1
                     slopes[i], slopes[j] = slopes[i] + slope(gap), slopes[j] - slope(gap)
         return (total / n, [s / n for s in slopes]) if n else (D(0), slopes)
@@ -686,6 +686,16 @@ def reward_model_losses():
                 "kind": kind}, [loss], gradient={"scores": [slopes]},
                 convention="divides by the strict pairs that exist"
             )  # fmt: skip
+    grades = ["0.75", "0", "0.5", "-1"]
+    margin = [[D(a) - D(b) for b in grades] for a in grades]
+    for kind, (term, slope) in pair.items():
+        loss, slopes = listwise([1, 2, 2, 0], term, slope, grades)
+        golden(
+            f"ranking_loss_{kind}_margin_closed", "loss.ranking_loss", "closed form",
+            "margin of a pair: the difference of the grades .75, 0, .5, -1; two tied, one absent",
+            {"scores": [[*scores[:3], NAN]], "ranks": [[1, 2, 2, 0]], "kind": kind, "margin": [margin]}, [loss],
+            gradient={"scores": [slopes]}
+        )  # fmt: skip
     p = [s.exp() / sum(x.exp() for x in scores) for s in scores]
     golden(
         "ranking_loss_softmax_closed", "loss.ranking_loss", "closed form", "-ln softmax(r)[best]",
@@ -761,6 +771,11 @@ def reward_model_losses_of_others():
     scores = numbers(24, 4, 6, scale=2)
     ranks = torch.tensor([[2, 1, 5, 4, 3, 6], [6, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6], [3, 6, 1, 2, 4, 5]])
     order = ranks.argsort(1)
+    margins = torch.stack([theirs(*scores[:, :2].T[:, b : b + 1], margin=margin[b]).view(1) for b in range(4)])
+    golden(
+        "ranking_loss_margin_trl", "loss.ranking_loss", "library", f"{source}, a pair to a list",
+        {"scores": scores[:, :2], "ranks": [[1, 2]] * 4, "margin": margin[:4].view(4, 1, 1)}, margins.view(4)
+    )  # fmt: skip
     for kind in ("log", "sigmoid", "softmax"):
         (s,) = with_grad(scores)
         if kind == "softmax":

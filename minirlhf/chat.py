@@ -116,7 +116,7 @@ def stream(model: CausalLM, ids: Sequence[int], sampling: Sampling, rng: torch.G
     hidden = model.hidden(prompt, real[:, :P], cache=cache)[:, -1]  # (1, C)
     for t in range(R):
         logits = filtered(model.head(hidden), sampling, t, (prompt, real[:, :P], tokens))  # (1, V)
-        token = draw(logits, None if uniforms is None else uniforms[:, t])  # (1,)
+        token, _ = draw(logits, None if uniforms is None else uniforms[:, t])  # (1,)
         yield int(token)
         if int(token) in sampling.eos_token_ids or t + 1 == R:
             return

@@ -18,6 +18,7 @@ from minirlhf.ops import token_logprobs
 from minirlhf.products import pack
 from minirlhf.rng import generator
 
+Seen = tuple[Tensor, Tensor, Tensor]  # of b rows: prompt (b, P), its mask (b, P), answer so far (b, t)
 NEVER = float("-inf")
 WORTH_PREPARING = 16  # new tokens from which on a second layout of the weights pays
 
@@ -46,6 +47,11 @@ class Sampling:
     begin_suppress_tokens: tuple[int, ...] = ()
     suppress_tokens: tuple[int, ...] = ()
     do_sample: bool = True
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a filter asks what was said before."""
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
 
 
 @torch.no_grad()
@@ -86,8 +92,9 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
     training = model.training
     model.eval()
     try:
-        with prepared(model, len(input_ids) * num_return_sequences, max_new_tokens):
-            return _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
+        with torch.inference_mode(), prepared(model, len(input_ids) * num_return_sequences, max_new_tokens):
+            made = _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
+        return Generation(made.tokens.clone(), made.mask.clone(), made.logprobs.clone())  # fit for a backward pass
     finally:
         model.train(training)
 
@@ -143,10 +150,13 @@ def _decode(
         bad = ~torch.isfinite(logits.sum(-1))  # (b,)
         if bad.any():
             raise NonFiniteError(f"logits of row {rows[bad][0].item()} at new token {t} are NaN or infinite")
-        seen = (prompts[rows], prefix[rows, :P], tokens[rows, :t])
-        token = draw(filtered(logits, sampling, t, seen), None if uniforms is None else uniforms[rows, t])  # (b,)
+        seen = (prompts[rows], prefix[rows, :P], tokens[rows, :t]) if sampling.looks_back else None
+        z = filtered(logits, sampling, t, seen)  # (b, V)
+        token, logprob = draw(z, None if uniforms is None else uniforms[rows, t])  # (b,) each
         tokens[rows, t], taken[rows, t] = token, True
-        logprobs[rows, t] = token_logprobs(logits, token, temperature=sampling.temperature)
+        if z is not logits or sampling.temperature != 1.0:
+            logprob = token_logprobs(logits, token, temperature=sampling.temperature)
+        logprobs[rows, t] = logprob.to(logprobs.dtype)
         open_ = (token[:, None] != ends).all(-1)  # (b,)
         if stop:
             over = [stop(answer) for answer in tokens[rows, : t + 1].tolist()]
@@ -187,37 +197,41 @@ def row_uniforms(rng: torch.Generator | Sequence[torch.Generator] | None, rows: 
     return torch.stack([torch.rand(n, generator=g, dtype=torch.float64, device=g.device).cpu() for g in rng])
 
 
-def draw(logits: Tensor, uniform: Tensor | None) -> Tensor:  # (b, V), (b,) in [0, 1) or None: greedy → (b,)
-    """Invert the cumulative distribution: the first token whose cumulated probability exceeds u."""
+def draw(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:  # (b, V), (b,) in [0, 1) or None: greedy
+    """Invert the cumulative distribution: the first token whose cumulated probability exceeds u, and its log-prob."""
     if uniform is None:
-        return logits.argmax(-1)
-    cumulated = logits.double().softmax(-1).cumsum(-1)  # (b, V)
+        token = logits.argmax(-1)  # (b,)
+        return token, token_logprobs(logits, token)
+    probs = logits.softmax(-1, dtype=torch.float64)  # (b, V)
+    cumulated = probs.cumsum(-1)
     target = uniform[:, None] * cumulated[:, -1:]  # u · total, so that rounding of the total cannot matter
-    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    token = torch.searchsorted(cumulated, target, right=True).clamp(max=logits.shape[-1] - 1)  # (b, 1)
+    return token[:, 0], probs.gather(1, token)[:, 0].log()
 
 
 def filtered(
     logits: Tensor,  # (b, V) of the policy
     sampling: Sampling,
     t: int,  # new tokens so far
-    seen: tuple[Tensor, Tensor, Tensor],  # prompt (b, P), its mask (b, P), answer so far (b, t)
-) -> Tensor:  # (b, V) whose softmax is drawn from
+    seen: Seen | None,  # None: not asked for, see `Sampling.looks_back`
+) -> Tensor:  # (b, V) whose softmax is drawn from; `logits` itself where nothing changes it
     """Penalties, exclusions, temperature, top-k, top-p, in the order of transformers; inputs stay as they are."""
     z = logits
-    if sampling.repetition_penalty != 1.0:
+    if seen and sampling.repetition_penalty != 1.0:
         z = penalize_repetition(z, sampling.repetition_penalty, seen)
-    if sampling.no_repeat_ngram_size:
+    if seen and sampling.no_repeat_ngram_size:
         z = ban_repeated_ngrams(z, sampling.no_repeat_ngram_size, seen)
     excluded = list(sampling.suppress_tokens)
     excluded += sampling.eos_token_ids if t < sampling.min_new_tokens else ()
     excluded += sampling.begin_suppress_tokens if t == 0 else ()
     if excluded:
         z = z.index_fill(-1, torch.tensor(excluded, device=z.device), NEVER)
-    if not (z > NEVER).any(-1).all():
+    if z is not logits and not (z > NEVER).any(-1).all():
         raise NonFiniteError(f"the sampling filters leave no token to draw at new token {t}; loosen them")
     if not sampling.do_sample:
         return z
-    z = z / sampling.temperature
+    if sampling.temperature != 1.0:
+        z = z / sampling.temperature
     if 0 < sampling.top_k < z.shape[-1]:
         kth = z.topk(sampling.top_k, dim=-1).values[:, -1:]  # (b, 1)
         z = z.masked_fill(z < kth, NEVER)
@@ -226,7 +240,7 @@ def filtered(
     return z
 
 
-def penalize_repetition(z: Tensor, theta: float, seen: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # (b, V)
+def penalize_repetition(z: Tensor, theta: float, seen: Seen) -> Tensor:  # (b, V)
     """z/θ if z > 0 else zθ for tokens of prompt and answer (Keskar et al. 2019, arXiv 1909.05858)."""
     prompt, real, answer = seen
     count = torch.zeros_like(z).scatter_add_(-1, prompt, real.to(z.dtype))
@@ -234,7 +248,7 @@ def penalize_repetition(z: Tensor, theta: float, seen: tuple[Tensor, Tensor, Ten
     return torch.where(count > 0, torch.where(z > 0, z / theta, z * theta), z)
 
 
-def ban_repeated_ngrams(z: Tensor, n: int, seen: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # (b, V)
+def ban_repeated_ngrams(z: Tensor, n: int, seen: Seen) -> Tensor:  # (b, V)
     """Exclude every token that would complete an n-gram that prompt or answer already hold."""
     prompt, real, answer = seen
     z = z.clone()

@@ -6,6 +6,7 @@ no key turns into NaN, and NaN spreads through gradients; therefore every query 
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES, SWITCHES
-from minirlhf.products import linear
+from minirlhf.products import activated, linear
 
 DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
 SIZES: tuple[str, ...] = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
@@ -145,10 +146,11 @@ def rotate(
 ) -> Tensor:  # (B, H, T, D)
     """Rotates the first d dimensions, dimension i paired with i + d/2 (the half convention of LLaMA and GPT-NeoX)."""
     cos, sin = cos_sin
-    x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
-    a, b = x.to(cos.dtype).chunk(2, -1)
-    turned = torch.cat([a, b], -1) * cos + torch.cat([-b, a], -1) * sin
-    return torch.cat([turned.to(x.dtype), rest], -1)
+    d = cos.shape[-1]
+    wide = x[..., :d].to(cos.dtype)
+    a, b = wide.chunk(2, -1)
+    turned = (wide * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    return turned if d == x.shape[-1] else torch.cat([turned, x[..., d:]], -1)
 
 
 class Cache:
@@ -203,6 +205,11 @@ class Linear(nn.Linear):
         return linear(x, self.weight if self.ready is None else self.ready, self.bias)
 
 
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast off, where it is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class Head(Linear):
     """A bias-free linear map whose result is at least fp32, whatever the weights are: logits, scores and values."""
 
@@ -213,9 +220,7 @@ class Head(Linear):
         """Products of bf16 numbers summed in fp32 and never rounded back: bf16 logits cost 6 % of ratio noise."""
         weight = self.weight if self.ready is None else self.ready
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-        if not torch.is_autocast_enabled(x.device.type):
-            return linear(x.to(dtype), weight.to(dtype))
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             return linear(x.to(dtype), weight.to(dtype))
 
 
@@ -290,7 +295,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = rotate(torch.cat([q, k], 1), rope).split([q.shape[1], k.shape[1]], 1)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = self.attend(q, k, v, mask)
@@ -307,7 +312,7 @@ class Attention(nn.Module):
         if q.device.type != "cpu" and not alibi:
             return F.scaled_dot_product_attention(q, k, v, **how)
         wide = torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q.device.type):
             return F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), **how).to(q.dtype)
 
 
@@ -324,8 +329,14 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) → (B, T, C)
         """One hidden layer."""
         if self.gate is not None:
-            return self.down(self.act(self.gate(x)) * self.up(x))
-        return self.down(self.act(self.up(x)))
+            return self.down(self.active(self.gate, x) * self.up(x))
+        return self.down(self.active(self.up, x))
+
+    def active(self, layer: Linear, x: Tensor) -> Tensor:  # (B, T, C) → (B, T, d_inner)
+        """act(layer(x)): one call where the weight is packed and nothing, such as an adapter, comes between."""
+        if layer.ready is not None and layer.ready.is_mkldnn and not layer._forward_hooks:
+            return activated(x, layer.ready, layer.bias, self.activation)
+        return self.act(layer(x))
 
     def act(self, x: Tensor) -> Tensor:  # same shape
         """The family's nonlinearity."""

@@ -14,15 +14,25 @@ from torch.nn import functional as F
 
 SMALLEST = 2**20  # multiplications; below, the call costs more than it saves
 PACKED = (torch.float32, torch.bfloat16)
+ACTIVATIONS: dict[str, tuple[str, list[float], str]] = {
+    "": ("none", [], ""), "relu": ("relu", [], ""), "silu": ("swish", [], ""),
+    "gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh"),
+}  # fmt: skip
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., n), (m, n), (m,) → (..., m)
     """F.linear: x Wᵀ + b. The weight may be a packed one, and then decides the dtype."""
     if weight.is_mkldnn:
-        return _onednn(x.to(weight.dtype), weight, bias if bias is None else bias.to(weight.dtype))
+        return activated(x, weight, bias, "")
     if not _pays(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
+
+
+def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:  # (..., n) → (..., m)
+    """The activation of x Wᵀ + b in one call, for a packed weight."""
+    x, bias = x.to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *ACTIVATIONS[activation])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at least fp32

@@ -17,6 +17,7 @@ from tolerance import assert_close, bf16, exact, fp32, fp64
 from minirlhf import products
 from minirlhf.errors import NonFiniteError
 from minirlhf.generate import Sampling, draw, filtered, generate
+from minirlhf.lora import LoRAConfig, adapter_parameters, add_adapter, use_adapter
 from minirlhf.model import CausalLM, Linear, ModelConfig
 
 generate_module = sys.modules["minirlhf.generate"]
@@ -262,13 +263,13 @@ def test_draw_inverts_the_cumulative_distribution():
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log().double()  # cumulated .5, .75, 1
     expected = {0.0: 0, 0.49: 0, 0.51: 1, 0.74: 1, 0.76: 2, 1 - 2**-53: 2}
     for u, token in expected.items():
-        assert draw(logits, torch.tensor([u], dtype=torch.float64)).item() == token
+        assert draw(logits, torch.tensor([u], dtype=torch.float64))[0].item() == token
 
 
 def test_draw_never_gives_an_excluded_token():
     never = float("-inf")
     logits = torch.tensor([[never, 0.0, never, 1.0, never]]).repeat(3, 1)
-    assert draw(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 3, 3]
+    assert draw(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))[0].tolist() == [1, 3, 3]
 
 
 def test_log_probs_are_those_of_the_unfiltered_policy():
@@ -628,6 +629,35 @@ def test_prepared_weights_are_the_plain_ones(monkeypatch, family, dtype, autocas
         assert_close(fast.logprobs, plain.logprobs, fp32)
     else:  # rounding to bf16 may turn a draw; the first tokens come from the same forward but for it
         assert_close(fast.logprobs[:, 0].exp(), plain.logprobs[:, 0].exp(), bf16)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_prepared_weights_under_an_adapter(monkeypatch, family):
+    """What an adapter adds to a product is added before the nonlinearity, prepared or not."""
+    config = ModelConfig(family=family, vocab_size=96, n_layer=2, n_head=4, d_model=128, max_seq_len=64)
+    model = CausalLM(config, rng=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 96, (6, 9), generator=torch.Generator().manual_seed(1))
+    add_adapter(model, "a", LoRAConfig(r=4, alpha=8.0), rng=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for p in adapter_parameters(model, "a").values():
+            p.add_(0.05)
+    monkeypatch.setattr(generate_module, "WORTH_PREPARING", 1)
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    with use_adapter(model, "a"):
+        made = generate(model, ids, max_new_tokens=20, eos_token_id=None, pad_token_id=0,
+                        rng=torch.Generator().manual_seed(2))  # fmt: skip
+        whole = model(torch.cat([ids, made.tokens], 1))[:, 8:-1].log_softmax(-1)  # (6, 20, V)
+        base = model(torch.cat([ids, made.tokens], 1)).argmax(-1)
+    assert_close(made.logprobs, whole.gather(2, made.tokens[..., None])[..., 0], fp32)
+    assert not torch.equal(base, model(torch.cat([ids, made.tokens], 1)).argmax(-1))
+
+
+def test_what_is_drawn_can_be_trained_on():
+    model = lm("llama", torch.float32)
+    made = run(model, PROMPTS, rng=streams(5))
+    loss = (model(made.tokens).log_softmax(-1).gather(2, made.tokens[..., None])[..., 0] - made.logprobs).square()
+    torch.where(made.mask, loss, 0.0).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_weights_are_released_when_sampling_fails():

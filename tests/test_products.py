@@ -6,8 +6,8 @@ from tolerance import assert_close, exact, fp64
 from torch.nn import functional as F
 
 from minirlhf import products
-from minirlhf.model import CausalLM, ModelConfig
-from minirlhf.products import linear, product
+from minirlhf.model import MLP, CausalLM, ModelConfig
+from minirlhf.products import activated, linear, pack, product
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -107,3 +107,17 @@ def test_turned_off_it_changes_no_more_than_rounding(spy):
         plain = model(ids).detach()
     assert used == len(spy) == 2 * 4 + 1
     assert_close(fast, plain, {"rtol": 1e-5, "atol": 2e-6})
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_an_activation_in_the_same_call(kind, dtype):
+    """The one that the model would apply to the product, in fp64 of the same numbers."""
+    x, w, b = tensors(16, 1, 256, out=512, dtype=dtype)
+    packed = pack(w, dtype, 16)
+    assert packed is not None
+    truth = MLP(ModelConfig(activation=kind)).act(F.linear(x.double(), w.double(), b.double()))
+    near = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    assert_close(activated(x, packed, b, kind).double(), truth, near)
+    assert_close(activated(x, packed, b, "").double(), F.linear(x.double(), w.double(), b.double()), near)

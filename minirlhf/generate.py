@@ -133,8 +133,8 @@ def _decode(
     uniforms = row_uniforms(rng, len(input_ids) * n, R).to(device) if sampling.do_sample else None  # (B·n, R)
     cache, hidden, source = _prefill(model, input_ids, mask, R)
     source = source.repeat_interleave(n)  # (B·n,) distinct prompt of each row
-    cache = cache.rows(source)
-    hidden = hidden[source]  # (b, C) at the last position, b rows still open
+    if len(source) != len(hidden):
+        cache, hidden = cache.rows(source), hidden[source]  # (b, C) at the last position, b rows still open
 
     B = len(source)
     tokens = torch.full((B, R), pad_token_id, device=device)
@@ -178,6 +178,8 @@ def _prefill(model: CausalLM, input_ids: Tensor, mask: Tensor, R: int) -> tuple[
     P = input_ids.shape[1]
     both = torch.cat([input_ids, mask.long()], 1)  # (B, 2P)
     distinct, source = torch.unique(both, dim=0, return_inverse=True)  # (U, 2P), (B,)
+    if len(distinct) == len(both):  # in their own order, which saves a copy of the cache
+        distinct, source = both, torch.arange(len(both), device=both.device)
     ids, real = distinct[:, :P], distinct[:, P:].bool()
     dtype = model.trunk.embed.weight.dtype
     if ids.device.type == "cpu":  # one query at a time is fastest in fp32
@@ -202,8 +204,8 @@ def draw(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:  # (b
     if uniform is None:
         token = logits.argmax(-1)  # (b,)
         return token, token_logprobs(logits, token)
-    probs = logits.softmax(-1, dtype=torch.float64)  # (b, V)
-    cumulated = probs.cumsum(-1)
+    probs = logits.softmax(-1)  # (b, V)
+    cumulated = probs.cumsum(-1, dtype=torch.float64)
     target = uniform[:, None] * cumulated[:, -1:]  # u · total, so that rounding of the total cannot matter
     token = torch.searchsorted(cumulated, target, right=True).clamp(max=logits.shape[-1] - 1)  # (b, 1)
     return token[:, 0], probs.gather(1, token)[:, 0].log()

@@ -308,10 +308,11 @@ class Attention(nn.Module):
         """
         p, causal = self.dropout if self.training else 0.0, mask is None and q.shape[2] > 1
         how: Any = {"attn_mask": mask, "dropout_p": p, "is_causal": causal, "enable_gqa": self.grouped}
-        alibi = mask is not None and mask.dtype not in (torch.bool, q.dtype)
-        if q.device.type != "cpu" and not alibi:
-            return F.scaled_dot_product_attention(q, k, v, **how)
         wide = torch.promote_types(q.dtype, torch.float32)
+        alibi = mask is not None and mask.dtype not in (torch.bool, q.dtype)
+        plain = q.dtype == wide and not torch.is_autocast_enabled(q.device.type)
+        if plain or (q.device.type != "cpu" and not alibi):
+            return F.scaled_dot_product_attention(q, k, v, **how)
         with no_autocast(q.device.type):
             return F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), **how).to(q.dtype)
 

@@ -1,0 +1,179 @@
+"""Reward models on grades: margins, direct scores, normalization, through the script and by hand."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from test_scripts import metrics, script
+from tolerance import assert_close, fp32, fp64
+
+from minirlhf.config import RMSection
+from minirlhf.data import RankedList, side_by_side
+from minirlhf.errors import CheckpointError, NonFiniteError
+from minirlhf.formats import read_records
+from minirlhf.heads import RewardModel
+from minirlhf.model import ModelConfig
+from minirlhf.probe import hard_negatives
+from minirlhf.readers import Ranking
+from minirlhf.score import reward_of
+from train_rm import list_losses
+
+SHORT = ["--run.steps", "40", "--optim.warmup_steps", "2", "--rm.minibatch_size", "16", "--rm.microbatch_size", "16"]
+PROMPT = "Human: how was the hotel ? Assistant:"
+GOOD, BAD = "bed great , lobby lovely .", "bed awful , lobby broken ."
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+# ---- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_margins_by_hand():
+    """Two lists: grades 3, 1, 0 with margin ½ of their differences; and one without grades."""
+    lists = [RankedList([[0]] * 3, [1, 2, 3], [3.0, 1.0, 0.0]), RankedList([[0]] * 2, [2, 1])]
+    found = list_losses(torch.tensor([1.0, 0.5, -1.0, 0.25, 2.0]).double(), lists, RMSection(margin=0.5))
+    gaps = [0.5 - 1.0, 2.0 - 1.5, 1.5 - 0.5]  # r_i - r_j - m (g_i - g_j)
+    assert_close(found, [sum(-math.log(sigmoid(g)) for g in gaps) / 3, -math.log(sigmoid(1.75))], fp64)
+    plain = list_losses(torch.tensor([1.0, 0.5, -1.0, 0.25, 2.0]).double(), lists, RMSection())
+    assert_close(plain[0], sum(-math.log(sigmoid(g)) for g in (0.5, 2.0, 1.5)) / 3, fp64)
+
+
+def test_direct_scores_by_hand():
+    """The mean over the answers of a list of (σ(r) - grade)²; padding counts for nothing."""
+    lists = [RankedList([[0]], [1], [1.0]), RankedList([[0]] * 2, [1, 2], [0.75, 0.0])]
+    scores = torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    found = list_losses(scores, lists, RMSection(loss="direct"))
+    expected = [(sigmoid(2) - 1) ** 2, ((sigmoid(1) - 0.75) ** 2 + sigmoid(-1) ** 2) / 2]
+    assert_close(found, expected, fp64)
+    found.sum().backward()
+    slope = 2 * (sigmoid(2) - 1) * sigmoid(2) * (1 - sigmoid(2))
+    assert scores.grad[0].item() == pytest.approx(slope, rel=1e-12)
+
+
+def test_graded_answers_side_by_side():
+    lists = [RankedList([[i]], [1], [grade]) for i, grade in enumerate([0.5, 1.0, 0.5, 0.0, 1.0])]
+    found = side_by_side(lists, 3)
+    assert [one.ranks for one in found] == [[2, 1, 2], [2, 1]]
+    assert [one.sequences for one in found] == [[[0], [1], [2]], [[3], [4]]]
+
+
+def test_hard_negatives_have_the_lowest_grade():
+    records = [Ranking("p q", ["a b c", "d"], [1, 2], 1, [7.0, -2.0]), Ranking("p q", ["e f"], [1], 2, [0.0])]
+    made = {pair.responses[0]: pair.grades for pair in hard_negatives(records, 1.0, 0)}
+    assert made == {"a b c": [7.0, -2.0], "e f": [0.0, 0.0]}
+    assert [pair.grades for pair in hard_negatives([Ranking("p", ["a b", "c"], [1, 2])], 1.0, 0)] == [[]]
+
+
+def test_normalized_scores():
+    config = ModelConfig(vocab_size=11, n_layer=1, n_head=1, d_model=8, max_seq_len=8)
+    model = RewardModel(config, rng=torch.Generator().manual_seed(0))
+    ids = torch.randint(11, (40, 8), generator=torch.Generator().manual_seed(1))
+    before = model(ids).detach()
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    model.normalize(before)
+    after = model(ids).detach()
+    assert_close(after.mean(), 0.0, {"rtol": 0, "atol": 1e-6})
+    assert_close(after.std(correction=0), 1.0, fp32)
+    assert_close(after, (before - before.mean()) / before.std(correction=0), fp32)
+    assert all(torch.equal(weights[name], p) for name, p in model.state_dict().items())
+    model.normalize(after * 3 + 5)  # once more, of scores that are what the model says now
+    assert_close(model(ids).detach(), (after - 5) / 3, fp32)
+    with pytest.raises(NonFiniteError, match="all 2"):
+        model.normalize(torch.full((4,), 2.0))
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+RATED = {"instruction": "q", "completions": [{"response": "a", "overall_score": 2},
+                                             {"response": "b", "overall_score": 9}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "grades"),
+    [
+        (PAIR, []),
+        (PAIR | {"margin": 1.5}, [1.5, 0.0]),
+        (PAIR | {"margin": None}, []),
+        (PAIR | {"score_chosen": 8, "score_rejected": 6.5}, [8.0, 6.5]),
+        (RATED, [2.0, 9.0]),
+        ({"question": "q", "answer_0": "a", "answer_1": "b", "score_0": -1, "score_1": 1}, [-1.0, 1.0]),
+    ],
+)  # fmt: skip
+def test_grades_of_data_files(tmp_path, row, grades):
+    (record,), _ = read_records(write(tmp_path / "x.jsonl", [row]))
+    assert record.grades == grades
+
+
+@pytest.mark.parametrize("wrong", [{"margin": -1}, {"margin": "1"}, {"score_chosen": 1, "score_rejected": 2}])
+def test_grades_that_contradict_the_order_are_refused(tmp_path, wrong):
+    _, summary = read_records(write(tmp_path / "x.jsonl", [PAIR, PAIR | wrong]), on_bad_row="drop")
+    assert [row.line for row in summary.dropped] == [2]
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+def test_direct_scores_from_labels(stages, tmp_path):
+    """Labels in, a reward model that tells good from bad out; normalized where asked, and PPO reads it so."""
+    rows = [{"prompt": PROMPT, "response": text, "label": label} for text, label in ((GOOD, 1.0), (BAD, 0.0))] * 60
+    data = write(tmp_path / "labels.jsonl", rows)
+    model = ["--model.path", stages / "runs/sft/final", "--data.path", data, "--data.holdout", "20"]
+    out = script("rm", *SHORT, *model, "--rm.loss", "direct", "--rm.hard_negatives", "0.1",
+                 "--rm.normalize", "true", "--sample.max_new_tokens", "12", cwd=tmp_path)  # fmt: skip
+    assert "held-out pairs" in out
+    last = metrics(tmp_path / "runs/rm")[-1]
+    assert last["val/accuracy"] == 1.0
+    assert last["loss"] < 0.25  # that of always one half
+    final = tmp_path / "runs/rm/final"
+    meta = json.loads((final / "minirlhf.json").read_text())
+    raw_head = reward_of(str(final))
+    good, bad = raw_head([PROMPT] * 2, [GOOD, BAD])
+    assert good > bad
+    (final / "minirlhf.json").write_text(json.dumps(meta | {"score_gain": 1.0, "score_bias": 0.0}))
+    plain = reward_of(str(final))([PROMPT] * 2, [GOOD, BAD])
+    assert_close(torch.tensor([good, bad]), torch.tensor(plain) * meta["score_gain"] + meta["score_bias"], fp32)
+    assert meta["score_gain"] != 1.0
+    (final / "minirlhf.json").write_text(json.dumps(meta | {"score_gain": -1.0}))
+    with pytest.raises(CheckpointError, match=r"score_gain -1\.0"):
+        reward_of(str(final))
+
+
+def test_margins_change_what_is_learnt(stages, tmp_path):
+    data = write(tmp_path / "m.jsonl", [{"prompt": PROMPT, "chosen": GOOD, "rejected": BAD, "margin": 2.0}] * 24)
+    model = ["--model.path", stages / "runs/sft/final", "--data.path", data]
+    first = {}
+    for margin in ("0", "1"):
+        folder = tmp_path / f"m{margin}"
+        script("rm", *SHORT, *model, "--rm.margin", margin, "--run.dir", folder, cwd=tmp_path)
+        first[margin] = metrics(folder)[0]["loss"]
+    gap = -math.log(math.exp(first["0"]) - 1)  # the pairs are one and the same
+    assert first["1"] == pytest.approx(math.log(1 + math.exp(2.0 - gap)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "argv", "words"),
+    [
+        ([PAIR], ["--rm.margin", "1"], "no scores or margins"),
+        ([PAIR], ["--rm.loss", "direct"], r"x.jsonl:1: no label or score"),
+        ([PAIR | {"margin": 2.0}], ["--rm.loss", "direct"], r"x.jsonl:1: .* not from 0 to 1"),
+        ([{"prompt": "q", "response": "a", "label": 1}], [], "--rm.loss direct learns from labels"),
+        ([PAIR], ["--rm.loss", "softmax", "--rm.margin", "1"], "softmax has no pairs"),
+        (None, ["--rm.loss", "direct"], "--data.path FILE"),
+        (None, ["--rm.margin", "1"], "--data.path FILE"),
+    ],
+)
+def test_what_cannot_work_is_said(stages, tmp_path, rows, argv, words):
+    data = ["--data.path", write(tmp_path / "x.jsonl", rows)] if rows else []
+    code = 3 if rows and "softmax" not in argv else 2
+    said = script("rm", *SHORT, "--model.path", stages / "runs/sft/final", *data, *argv, cwd=tmp_path, code=code)
+    assert re.search(words, said), said

@@ -107,7 +107,7 @@ def break_json(text: bytes, rng: random.Random) -> bytes:
             other, name = rng.choice(places)
             node[key] = copy.deepcopy(other[name]) if name in other or isinstance(other, list) else None
         else:
-            node[key] = rng.choice(VALUES)
+            node[key] = copy.deepcopy(rng.choice(VALUES))  # it may be broken in its turn
     return json.dumps(root[0], ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
 
 

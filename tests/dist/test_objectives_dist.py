@@ -10,7 +10,7 @@ ARGV = [
     "--run.steps", "2", "--ppo.rollout_size", "16", "--ppo.minibatch_size", "8", "--ppo.microbatch_size", "2",
     "--reward.fn", "taste:brief", "--ppo.advantage", "rloo", "--ppo.answers_per_prompt", "4", "--ppo.kl_in", "loss",
     "--ppo.kl", "k3", "--ppo.loss_mean", "answer", "--ppo.policy_loss", "gspo", "--ppo.ptx_coef", "2", "--ppo.ema",
-    "0.9", "--data.size", "200",
+    "0.9", "--data.size", "200", "--optim.eps", "1e-5",  # as in test_scripts_dist
 ]  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def test_a_reward_model_as_a_function_of_texts_is_asked_by_each_rank(tmp_path, s
     """`reward_of` must not take the other rank's answers for its own."""
     shutil.copytree(stages, tmp_path, dirs_exist_ok=True)
     (tmp_path / "mine.py").write_text("from minirlhf.score import reward_of\n\nreward = reward_of('runs/rm/final')\n")
-    argv = [*TINY["ppo"], "--reward.fn", "mine:reward", "--optim.eps", "1e-5"]  # as in test_scripts_dist
+    argv = [*TINY["ppo"], "--reward.fn", "mine:reward", "--optim.eps", "1e-5"]
     script("ppo", *argv, "--run.dir", "one", cwd=tmp_path)
     torchrun("ppo", 2, *argv, "--run.dir", "two", cwd=tmp_path)
     assert_same_run(tmp_path / "two", tmp_path / "one")

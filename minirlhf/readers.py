@@ -5,6 +5,7 @@ files. What goes wrong elsewhere: prompts cut at a common prefix of characters, 
 rows with an empty answer that teach "empty wins".
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -112,7 +113,9 @@ def _number(row: Row, key: str) -> float:
     value = _get(row, key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Bad("wrong_type", key, f"{type(value).__name__}, not a number")
-    return value
+    if not abs(value) <= sys.float_info.max:
+        raise Bad("wrong_type", key, "not a finite number")
+    return float(value)
 
 
 def _ranking(prompt: str, responses: list[str], ranks: list[int], grades: Sequence[float] = ()) -> Ranking:
@@ -126,7 +129,7 @@ def _ranking(prompt: str, responses: list[str], ranks: list[int], grades: Sequen
         raise Bad("rank_invalid", "ranks", "no answer is better than another")
     if len(set(placed)) > len({text for text, _ in placed}):
         raise Bad("identical_answers", "responses")
-    return Ranking(prompt, responses, ranks, grades=[float(grade) for grade in grades])
+    return Ranking(prompt, responses, ranks, grades=list(grades))
 
 
 def _by_score(prompt: str, responses: list[str], scores: list[float]) -> Ranking:

@@ -114,8 +114,11 @@ def test_grades_of_data_files(tmp_path, row, grades):
     assert record.grades == grades
 
 
-@pytest.mark.parametrize("wrong", [{"margin": -1}, {"margin": "1"}, {"score_chosen": 1, "score_rejected": 2}])
-def test_grades_that_contradict_the_order_are_refused(tmp_path, wrong):
+@pytest.mark.parametrize(
+    "wrong",
+    [{"margin": -1}, {"margin": "1"}, {"margin": 10**400}, {"margin": 1e999}, {"score_chosen": 1, "score_rejected": 2}],
+)
+def test_grades_that_are_none_are_refused(tmp_path, wrong):
     _, summary = read_records(write(tmp_path / "x.jsonl", [PAIR, PAIR | wrong]), on_bad_row="drop")
     assert [row.line for row in summary.dropped] == [2]
 

@@ -39,6 +39,8 @@ TESTS = {
     "advantage": ["test_advantage.py", *MATH],
     "reward": ["test_reward.py", *MATH],
     "loss": ["test_loss.py", *MATH],
+    "feedback": ["test_feedback.py"],
+    "generate": ["test_generate.py"],
     "ppo": ["test_ppo.py", "test_ppo_parts.py", "test_objectives.py", "test_ppo_presets.py", "test_regressions.py"],
 }
 

@@ -28,13 +28,18 @@ def test_unlikelihood_unlearns_the_worst():
 
 def test_conditional_says_it_before_the_prompt():
     found = judged(LISTS, "conditional", **HOW)
-    assert [(one.prompt, one.response) for one in found] == [("+q", "b"), ("-q", "c"), ("+p", "e"), ("-p", "f")]
+    assert found == [("+q", "b", 1.0), ("-q", "c", 1.0), ("+p", "e", 1.0), ("-p", "f", 1.0)]
 
 
 def test_reward_weights_by_hand():
     raw = {"qa": math.exp(1), "qb": math.exp(2), "qc": 1.0, "pe": math.exp(2), "pf": 1.0}  # e^(m/.5), m .5 1 0 1 0
     mean = sum(raw.values()) / 5
     assert weights("rwr") == pytest.approx({k: v / mean for k, v in raw.items()})
+
+
+def test_reward_weights_at_a_temperature_whose_powers_no_float_holds():
+    found = judged(LISTS, "rwr", temperature=1e-3, good="", bad="")  # e^0, e^-500; e^-1000 is 0 and left out
+    assert [(one.response, one.weight) for one in found if one.weight > 1e-100] == [("b", 1.5), ("e", 1.5)]
 
 
 def test_advantage_weights_by_hand_and_bounded():
@@ -61,9 +66,13 @@ def test_tied_lists_say_nothing():
 def test_without_judgement_there_is_nothing_to_learn():
     with pytest.raises(DataError, match="neither ranks nor labels"):
         judged([SFT("q", "a")], "chosen", **HOW)
+    with pytest.raises(DataError, match="neither ranks nor labels"):
+        judged([*LISTS, SFT("q", "a")], "chosen", **HOW)
+    with pytest.raises(ValueError, match="zip"):
+        judged([Ranking("q", ["a", "b"], [1])], "chosen", **HOW)
 
 
-def test_the_script_learns_from_ranked_answers(tmp_path, stages):
+def test_ranked_answers_through_the_script(tmp_path, stages):
     rows = [{"prompt": "the film", "responses": ["is lovely", "is awful"], "ranks": [1, 2]}] * 8
     (tmp_path / "ranked.jsonl").write_text("\n".join(map(json.dumps, rows)))
     more = ["--model.path", stages / "runs/sft/final", "--data.path", "ranked.jsonl", "--run.log_every", "1",

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from minirlhf.products import product
 
 ROWS, COLS = 2048, 8192  # of the logits that `head_stats` holds at once, at most
-BUDGET = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}  # their bytes in fp32: what caches hold, or what launches cost
+BUDGET = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # their bytes in fp32: what caches hold, or what launches cost
 LOWEST = -1e30  # for -inf, which would make 0·(-inf) of what is excluded
 
 

@@ -217,11 +217,15 @@ class Head(Linear):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) → (..., n_out)
-        """Products of bf16 numbers summed in fp32 and never rounded back: bf16 logits cost 6 % of ratio noise."""
+        """Products of bf16 numbers summed in fp32 and never rounded back: bf16 logits cost 6 % of ratio noise.
+
+        A logit does not depend on how many others there are, which would choose the library: see `prune_vocab`.
+        """
         weight = self.weight if self.ready is None else self.ready
+        smallest = 1 if self.out_features > 1 else None
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         with no_autocast(x.device.type):
-            return linear(x.to(dtype), weight.to(dtype))
+            return linear(x.to(dtype), weight.to(dtype), smallest=smallest)
 
 
 class Embedding(nn.Embedding):

@@ -20,11 +20,17 @@ ACTIVATIONS: dict[str, tuple[str, list[float], str]] = {
 }  # fmt: skip
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., n), (m, n), (m,) → (..., m)
+def linear(
+    x: Tensor,  # (..., n)
+    weight: Tensor,  # (m, n)
+    bias: Tensor | None = None,  # (m,)
+    *,
+    smallest: int | None = None,  # multiplications that oneDNN is worth; None: SMALLEST
+) -> Tensor:  # (..., m)
     """F.linear: x Wᵀ + b. The weight may be a packed one, and then decides the dtype."""
     if weight.is_mkldnn:
         return activated(x, weight, bias, "")
-    if not _pays(x, weight):
+    if not _pays(x, weight, SMALLEST if smallest is None else smallest):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
 
@@ -39,7 +45,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at lea
     """A matrix product without gradients, a rounded to the dtype of b; summed in fp32 at least, never rounded back."""
     if b.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    return _onednn(a, b.T, None) if _pays(a, b.T) else torch.mm(a, b)
+    return _onednn(a, b.T, None) if _pays(a, b.T, SMALLEST) else torch.mm(a, b)
 
 
 def pack(weight: Tensor, dtype: torch.dtype, rows: int) -> Tensor | None:  # (m, n)
@@ -57,11 +63,11 @@ def _enabled() -> bool:
     return bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
+def _pays(x: Tensor, weight: Tensor, smallest: int) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
-        and x.numel() * len(weight) >= SMALLEST
+        and x.numel() * len(weight) >= smallest
         and _enabled()
         and not torch.is_autocast_enabled("cpu")
     )

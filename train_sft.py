@@ -17,7 +17,7 @@ from torch import Tensor
 from minirlhf import stage
 from minirlhf.adapt import sft_model, uses_lora
 from minirlhf.config import SFTConfig
-from minirlhf.data import collate, encode_sft, microbatches, step_rows
+from minirlhf.data import collate, encode_sft, microbatches, pack, step_rows
 from minirlhf.engine import Engine
 from minirlhf.errors import UsageError
 from minirlhf.evaluate import sft_loss, sft_targets
@@ -54,13 +54,17 @@ def main(config: SFTConfig, run: Run) -> None:
 
     def losses(step: int) -> Iterator[tuple[Tensor, int]]:
         rows = step_rows(len(examples), c.sft.minibatch_size, step - 1, seed=c.run.seed)
-        n = sum(sum(examples[r].trained[1:]) for r in rows)  # labels of this optimizer step
-        for part in microbatches(rows, c.sft.microbatch_size, lambda r: len(examples[r].ids)):
-            batch = collate([examples[r] for r in part], 0, c.run.device)
+        texts = [examples[r] for r in rows]
+        n = sum(sum(text.trained[1:]) for text in texts)  # labels of this optimizer step
+        texts = pack(texts, max_length) if c.sft.pack else texts
+        for part in microbatches(range(len(texts)), c.sft.microbatch_size, lambda i: len(texts[i].ids)):
+            batch = collate([texts[i] for i in part], 0, c.run.device)
             targets = sft_targets(batch.input_ids, batch.trained)  # (b, T - 1)
             with engine.precision():
-                stats = target_stats(model, batch.input_ids, batch.attention_mask, targets, impl=c.run.impl)
-            w = torch.tensor([examples[r].weight for r in part], device=targets.device)[:, None]  # (b, 1)
+                stats = target_stats(
+                    model, batch.input_ids, batch.attention_mask, targets, texts=batch.texts, impl=c.run.impl
+                )
+            w = torch.tensor([texts[i].weight for i in part], device=targets.device)[:, None]  # (b, 1)
             loss = imitation_loss(stats["logprobs"], w.expand_as(targets))  # (b, T - 1)
             yield masked_sum(loss, targets != IGNORE) / n, int(batch.attention_mask.sum())
 

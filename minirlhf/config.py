@@ -142,6 +142,7 @@ class SFTSection:
     temperature: float = key(0.5, "τ of the weights of rwr and awr, in units of merit", low=1e-3)
     good: str = key("[good] ", "conditional: words before the prompt of a good answer")
     bad: str = key("[bad] ", "conditional: words before the prompt of a bad one")
+    pack: bool = key(False, "short texts share rows of data.max_length tokens; microbatch_size then counts such rows")
     lisa_layers: int = key(0, "blocks that learn at a time, drawn anew every lisa_every steps (LISA); 0: all", low=0)
     lisa_every: int = key(20, "steps until other blocks are drawn", low=1)
     minibatch_size: int = key(64, "sequences of one optimizer step, over all ranks", low=1)

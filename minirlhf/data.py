@@ -23,6 +23,7 @@ class Example(NamedTuple):
     ids: list[int]
     trained: list[bool]  # True where the token is a label
     weight: float = 1.0  # of its loss; below 0: to be unlearnt
+    lengths: tuple[int, ...] = ()  # of the texts that share the row, see `pack`; empty: it is one
 
 
 class RankedList(NamedTuple):
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) bool
     trained: Tensor  # (B, T) bool, True where input_ids is a label
+    texts: Tensor | None = None  # (B, T) int, which of a row's texts a token belongs to; None: each row is one
 
 
 def step_rows(n: int, size: int, step: int, *, seed: int) -> list[int]:
@@ -107,7 +109,31 @@ def collate(examples: Sequence[Example], pad_id: int, device: str = "cpu") -> Ba
     """Right-padded rows of SFT."""
     real = pad([[True] * len(e.ids) for e in examples], False, device=device)
     ids = pad([e.ids for e in examples], pad_id, device=device)
-    return Batch(ids, real, pad([e.trained for e in examples], False, device=device))
+    trained, texts = pad([e.trained for e in examples], False, device=device), None
+    if any(e.lengths for e in examples):
+        number = [[k for k, n in enumerate(e.lengths or (len(e.ids),)) for _ in range(n)] for e in examples]
+        texts = pad(number, 0, device=device)
+    return Batch(ids, real, trained, texts)
+
+
+def pack(examples: Sequence[Example], room: int) -> list[Example]:
+    """Short texts one after another in rows of at most `room` tokens, each in the first row that has room for it, the
+    longest before the others. Texts of unequal weight do not share a row, and none sees another: see `Trunk`."""
+    rows: list[list[Example]] = []
+    for example in sorted(examples, key=lambda e: -len(e.ids)):
+        fits = (r for r in rows if r[0].weight == example.weight and sum(len(e.ids) for e in [*r, example]) <= room)
+        row = next(fits, None)
+        if row is None:
+            rows.append(row := [])
+        row.append(example)
+    return [_joined(row) for row in rows]
+
+
+def _joined(row: Sequence[Example]) -> Example:
+    """One example of several; no text's first token is a label, since nothing of its own stands before it."""
+    ids = [token for e in row for token in e.ids]
+    trained = [on and t > 0 for e in row for t, on in enumerate(e.trained)]
+    return Example(ids, trained, row[0].weight, tuple(len(e.ids) for e in row))
 
 
 def encode_sft(

@@ -88,7 +88,7 @@ class Sizes(NamedTuple):
 
 
 def sft_sizes(config: Any, run: Any) -> Sizes:
-    """One model; its longest sequence is that of the data."""
+    """One model; its longest sequence is that of the data, or a packed row."""
     c = config
     records, _ = stage.sft_records(c, run)
     if c.model.path:
@@ -96,8 +96,9 @@ def sft_sizes(config: Any, run: Any) -> Sizes:
     else:
         loaded = stage.make(c, [r.prompt + r.response for r in records])
     model = sft_model(loaded.model, c)
-    examples, _ = encode_sft(records, loaded.tokenizer, loaded.template, c.data.max_length or model.config.max_seq_len)
-    longest = max(len(example.ids) for example in examples)
+    room = c.data.max_length or model.config.max_seq_len
+    examples, _ = encode_sft(records, loaded.tokenizer, loaded.template, room)
+    longest = room if c.sft.pack else max(len(example.ids) for example in examples)
     return Sizes({"model": model}, c.sft.microbatch_size, longest, targets=longest - 1)
 
 

@@ -409,6 +409,7 @@ class Trunk(nn.Module):
         attention_mask: Tensor | None = None,  # (B, S) True = real token; S = cached + T
         *,
         cache: Cache | None = None,
+        texts: Tensor | None = None,  # (B, T) int, a token's text, of several in a row that do not see each other
     ) -> Tensor:  # (B, T, C)
         """Hidden states after the final norm."""
         T, past = input_ids.shape[1], 0 if cache is None else cache.length
@@ -416,7 +417,8 @@ class Trunk(nn.Module):
             assert attention_mask.shape == (input_ids.shape[0], past + T), (attention_mask.shape, input_ids.shape, past)
             attention_mask = attention_mask.to(torch.bool)
         x = self.embed(input_ids)  # (B, T, C)
-        view = self.view(attention_mask, T, past, x)
+        assert texts is None or (cache is None and texts.shape == input_ids.shape), "texts in a row and a cache"
+        view = self.view(attention_mask, T, past, x, texts)
         if self.pos_embed is not None:
             x = x + self.pos_embed(view.positions + self.config.position_offset)
         if self.embed_norm is not None:
@@ -433,13 +435,16 @@ class Trunk(nn.Module):
             cache.length += T
         return self.final_norm(x)
 
-    def view(self, mask: Tensor | None, T: int, past: int, x: Tensor) -> View:
+    def view(self, mask: Tensor | None, T: int, past: int, x: Tensor, texts: Tensor | None) -> View:
         """Positions, masks and rotations for the last T of past + T tokens, made once for all layers."""
         S, config = past + T, self.config
         if mask is None:
             keys = torch.arange(S, device=x.device)[None]  # (1, S) position of every token
         else:
             keys = (mask.cumsum(1) - 1).clamp(min=0)  # (B, S)
+        if texts is not None:  # every text begins at 0
+            new = texts != F.pad(texts[:, :-1], (1, 0), value=-1)  # (B, S)
+            keys = keys - torch.where(new, keys, 0).cummax(1).values
         positions = keys[:, past:]  # (B or 1, T)
         if config.position == "learned" and config.max_seq_len < S and int(keys.max()) >= config.max_seq_len:
             raise UsageError(f"{int(keys.max()) + 1} tokens in a row, but model.max_seq_len is {config.max_seq_len}")
@@ -454,7 +459,7 @@ class Trunk(nn.Module):
             angle = torch.cat([angle, angle], -1)
             rope = angle.cos(), angle.sin()
         windows = {config.window(i) for i in range(config.n_layer)}
-        return View(positions, {w: visible(mask, keys, T, w, bias) for w in windows}, rope)
+        return View(positions, {w: visible(mask, keys, T, w, bias, texts) for w in windows}, rope)
 
 
 def visible(
@@ -463,12 +468,14 @@ def visible(
     T: int,  # the last T tokens ask
     window: int | None,
     bias: Tensor | None,  # (B or 1, H, 1, S) ALiBi
+    texts: Tensor | None = None,  # (B, S), then T = S
 ) -> Tensor | None:  # (B or 1, 1, T, S) bool, or (B, H, T, S) with a bias; None: plain causal, no mask needed
-    """Key j is visible to query i when j ≤ i, j is real and pos_i - window < pos_j; and every query sees itself."""
+    """Key j is visible to query i when j ≤ i, j is real, of the same text, and pos_i - window < pos_j; and every query
+    sees itself."""
     S = keys.shape[1]
     if window is not None and window >= S:
         window = None
-    if mask is None and window is None and bias is None and T in (1, S):
+    if mask is None and window is None and bias is None and texts is None and T in (1, S):
         return None
     if T == 1:
         seen = keys.new_ones((1, S), dtype=torch.bool) if mask is None else F.pad(mask[:, :-1], (0, 1), value=True)
@@ -479,6 +486,8 @@ def visible(
         seen = (key <= query)[None, None]  # (1, 1, T, S)
         if mask is not None:
             seen = (seen & mask[:, None, None]) | (key == query)
+        if texts is not None:
+            seen = seen & (texts[:, None, :, None] == texts[:, None, None])
     if window is not None:
         seen = seen & (keys[:, None, None] > keys[:, None, S - T :, None] - window)
     return seen if bias is None else torch.where(seen, bias, -torch.inf)
@@ -513,9 +522,10 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None = None,  # (B, S) True = real token
         *,
         cache: Cache | None = None,
+        texts: Tensor | None = None,  # (B, T) as in `Trunk`
     ) -> Tensor:  # (B, T, C)
         """Hidden states after the final norm, ready for the head."""
-        return self.trunk(input_ids, attention_mask, cache=cache)
+        return self.trunk(input_ids, attention_mask, cache=cache, texts=texts)
 
     def forward(
         self,

@@ -105,12 +105,13 @@ def target_stats(
     attention_mask: Tensor,  # (B, T)
     targets: Tensor,  # (B, R) the last R tokens; IGNORE gives 0
     *,
+    texts: Tensor | None = None,  # (B, T) as in `Trunk`
     temperature: float = 1.0,
     want: tuple[str, ...] = ("logprobs",),
     impl: str = "auto",
 ) -> dict[str, Tensor]:  # each name of `want`: (B, R)
     """What the model says about given tokens. Everything that needs a log-prob comes through here."""
-    hidden = response_positions(model.hidden(input_ids, attention_mask), targets.shape[1])  # (B, R, C)
+    hidden = response_positions(model.hidden(input_ids, attention_mask, texts=texts), targets.shape[1])  # (B, R, C)
     how: dict[str, Any] = {"temperature": temperature, "want": want, "impl": impl}
     stats = head_stats(hidden.flatten(0, 1), output_weight(model.head), targets.flatten(), **how)
     return {name: getattr(stats, name).view_as(targets) for name in want}

@@ -64,7 +64,7 @@ def activation_bytes(
 
 def head_bytes(config: ModelConfig, positions: int, device: str = "cpu") -> int:
     """The logits that `head_stats` holds at once: of n positions against v tokens."""
-    rows, cols = next(_tiles(positions, config.vocab_size, device))
+    rows, cols = next(_tiles(positions, config.vocab_size, config.d_model, device))
     return (rows.stop - rows.start) * (cols.stop - cols.start) * FP32
 
 

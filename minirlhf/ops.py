@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from minirlhf.products import product
 
 ROWS, COLS = 2048, 8192  # of the logits that `head_stats` holds at once, at most
-BUDGET = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # their bytes in fp32: what caches hold, or what launches cost
+BUDGET = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}  # their bytes in fp32: what caches hold, or what launches cost
 LOWEST = -1e30  # for -inf, which would make 0·(-inf) of what is excluded
 
 
@@ -196,7 +196,7 @@ class _Head(torch.autograd.Function):
         dh = torch.zeros_like(hidden, dtype=dtype) if need_hidden else None
         dw = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         db = torch.zeros_like(bias, dtype=dtype) if need_bias else None
-        for rows, cols in _tiles(len(hidden), len(weight), hidden.device.type):
+        for rows, cols in _tiles(len(hidden), *weight.shape, hidden.device.type):
             du = _logit_gradient(rows, cols, inputs, norms, given, ctx.plan)  # (n, v)
             if dh is not None:
                 dh[rows] += product(du, weight[cols].to(hidden.dtype))
@@ -237,7 +237,7 @@ class _Sums:
         self.ref_m, self.ref_s, self.a = self.m.clone(), torch.zeros_like(self.m), torch.zeros_like(self.m)
         self.sums = {name: torch.zeros_like(self.m) for name in names}
         self.vectors = {name: torch.zeros_like(hidden, dtype=dtype) for name in names if slopes}
-        for rows, cols in _tiles(len(hidden), len(weight), hidden.device.type):
+        for rows, cols in _tiles(len(hidden), *weight.shape, hidden.device.type):
             self._add(rows, cols)
 
     def _add(self, rows: slice, cols: slice) -> None:
@@ -312,10 +312,11 @@ def _take_out(z: Tensor, m: Tensor) -> Tensor:  # (n, v), (n,) → (n,)
     return fall
 
 
-def _tiles(N: int, V: int, device: str) -> Iterator[tuple[slice, slice]]:  # rows, columns
-    """Within the budget; a quarter of the rows at most, so that no tile is the whole. Depends on shapes alone."""
+def _tiles(N: int, V: int, C: int, device: str) -> Iterator[tuple[slice, slice]]:  # rows, columns
+    """A tile's logits and its part of the weight, each within the budget; a quarter of the rows at most, so that no tile
+    is the whole. Depends on shapes alone."""
     n = max(1, min(ROWS, -(-N // 4)))
-    v = max(1, min(COLS, BUDGET["cpu" if device == "cpu" else "cuda"] // (4 * n)))
+    v = max(1, min(COLS, BUDGET["cpu" if device == "cpu" else "cuda"] // (4 * max(n, C))))
     for start in range(0, V, v):
         for row in range(0, N, n):
             yield slice(row, min(row + n, N)), slice(start, min(start + v, V))

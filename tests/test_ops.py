@@ -318,14 +318,15 @@ def test_without_a_gradient_no_slope_is_made(monkeypatch, needed):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 @pytest.mark.parametrize(("N", "V"), [(1, 5), (2, 5), (100, 7), (1000, 500), (3000, 30_000), (9, 300_000), (50_000, 9)])
-def test_tiles_cover_every_logit_once(N, V, device):
+@pytest.mark.parametrize("C", [1, 64, 5000])
+def test_tiles_cover_every_logit_once(N, V, C, device):
     rows, columns = set(), {}
-    for row, col in ops._tiles(N, V, device):
+    for row, col in ops._tiles(N, V, C, device):
         rows.add((row.start, row.stop))
         columns.setdefault((row.start, row.stop), []).append((col.start, col.stop))
         n, v = row.stop - row.start, col.stop - col.start
         assert n <= max(1, -(-N // 4))
-        assert 4 * n * v <= max(ops.BUDGET["cpu" if device == "cpu" else "cuda"], 4 * n)
+        assert 4 * max(n, C) * v <= ops.BUDGET["cpu" if device == "cpu" else "cuda"]
     covered = sorted(rows)
     assert [a for a, _ in covered] == [0, *(b for _, b in covered[:-1])]
     assert covered[-1][1] == N
@@ -335,7 +336,7 @@ def test_tiles_cover_every_logit_once(N, V, device):
 
 
 def test_no_rows_no_tiles():
-    assert list(ops._tiles(0, 5, "cpu")) == []
+    assert list(ops._tiles(0, 5, 8, "cpu")) == []
 
 
 @pytest.mark.parametrize("budget", [1, 4 * 3 * 4, 4 * 11 * 300, 2**28])

@@ -20,7 +20,7 @@ from minirlhf.config import RMConfig, RMSection
 from minirlhf.data import RankedList, encode_lists, microbatches, pad, side_by_side, step_rows
 from minirlhf.engine import Engine
 from minirlhf.errors import DataError
-from minirlhf.evaluate import ranking_accuracy, score_sequences, score_texts
+from minirlhf.evaluate import ranking_accuracy, score_rows, score_sequences, score_texts
 from minirlhf.fit import fit
 from minirlhf.loss import centering_penalty, direct_score_loss, ranking_loss
 from minirlhf.masked import keep
@@ -28,8 +28,6 @@ from minirlhf.memory import dry_run
 from minirlhf.pretrained import load_causal_lm
 from minirlhf.probe import hard_negatives, write_probe
 from minirlhf.run import Run, run_script
-
-OWN = 256  # answers of the starting model that rm.normalize asks for
 
 
 def main(config: RMConfig, run: Run) -> None:
@@ -40,7 +38,7 @@ def main(config: RMConfig, run: Run) -> None:
     )
     loaded = stage.Loaded(policy, tokenizer, template, {})
     records, held_out = stage.ranked_records(c, run, loaded, loss=c.rm.loss)
-    own = stage.own_answers(c, loaded, records, OWN) if c.rm.normalize else None
+    own = stage.own_answers(c, loaded, records) if c.rm.normalize else None
     model = reward_model(policy, c)
     max_length = c.data.max_length or model.config.max_seq_len
     records = [*records, *hard_negatives(records, c.rm.hard_negatives, c.run.seed)]
@@ -50,7 +48,9 @@ def main(config: RMConfig, run: Run) -> None:
         raise DataError(f"{c.data.path}: its answers have no scores or margins, which rm.margin multiplies")
     validation = encode_lists(held_out, tokenizer, template, max_length)[0] if held_out else []
     if c.rm.loss == "direct":
-        validation = side_by_side(validation, 16)
+        validation = side_by_side(validation, 16, seed=c.run.seed)
+        if held_out and not validation:
+            run.say(f"data: the last {len(held_out)} records, held out, have one label; no accuracy. Shuffle the file")
     engine = Engine(c.run, [model])
 
     def losses(step: int) -> Iterator[tuple[Tensor, int]]:
@@ -73,7 +73,7 @@ def main(config: RMConfig, run: Run) -> None:
     prompts, answers = [p for p, _ in ordinary], [a for _, a in ordinary]
     with engine.gathered(model):
         if own:
-            model.normalize(torch.tensor(score_texts(model, tokenizer, template, *own, c.run.device)))
+            model.normalize(score_rows(model, own, 64, c.run.device))
         scores = torch.tensor(score_texts(model, tokenizer, template, prompts, answers, c.run.device))
         write_probe(run, partial(score_texts, model, tokenizer, template, device=c.run.device), prompts, answers)
     statistics = {"score_gain": model.gain, "score_bias": model.bias, "score_mean": float(scores.mean()),
@@ -91,7 +91,7 @@ def list_losses(found: Tensor, part: Sequence[RankedList], how: RMSection) -> Te
     if how.loss == "direct":
         loss = keep(direct_score_loss(scores, grades), given).sum(1) / given.sum(1)
     else:
-        margin = how.margin * (grades[:, :, None] - grades[:, None, :])  # (b, K, K)
+        margin = how.margin * (grades[:, :, None] - grades[:, None, :]) if how.margin else 0.0  # (b, K, K)
         loss = ranking_loss(scores, ranks, kind=how.loss, margin=margin)
     return loss + how.centering * centering_penalty(scores, ranks) if how.centering else loss
 

@@ -9,9 +9,9 @@ own over the same tensors. What goes wrong: another base under the same name giv
 import copy
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,11 +85,15 @@ def open_model(
 
 def _normalization(folder: Path) -> tuple[float, float]:
     """What `RewardModel.normalize` found."""
-    meta = read_meta(folder)
+    meta = read_meta(folder) or read_meta(base_folder(folder) or folder)
     gain, bias = meta.get("score_gain", 1.0), meta.get("score_bias", 0.0)
-    if not all(isinstance(x, float) and math.isfinite(x) for x in (gain, bias)) or gain <= 0:
-        raise CheckpointError(f"{folder / META}: score_gain {gain!r} and score_bias {bias!r} are no normalization")
-    return gain, bias
+    numbers = all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in (gain, bias))
+    if not numbers or gain <= 0:
+        raise CheckpointError(
+            f"{folder / META}: score_gain {gain!r} and score_bias {bias!r} are no normalization; delete both to read "
+            f"raw scores"
+        )
+    return float(gain), float(bias)
 
 
 def _open(folder: Path, loader: Callable[..., Any], device: str, beside: CausalLM | None) -> Any:

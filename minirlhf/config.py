@@ -353,6 +353,8 @@ class RMConfig:
         _divides(self.rm.microbatch_size, self.rm.minibatch_size, "rm.minibatch_size / rm.microbatch_size")
         if self.rm.margin and self.rm.loss not in ("log", "sigmoid"):
             raise UsageError(f"rm.margin {self.rm.margin}: rm.loss {self.rm.loss} has no pairs; choose log or sigmoid")
+        if self.rm.centering and self.rm.loss == "direct":
+            raise UsageError(f"rm.centering {self.rm.centering}: rm.loss direct says where scores lie; set it to 0")
         if not self.data.path and (self.rm.margin or self.rm.loss == "direct"):
             raise UsageError("rm.margin and rm.loss direct need graded answers, which the built-in task has not; give "
                              "--data.path FILE")  # fmt: skip

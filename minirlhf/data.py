@@ -182,13 +182,16 @@ def encode_lists(
     return lists, counts
 
 
-def side_by_side(lists: Sequence[RankedList], size: int) -> list[RankedList]:
-    """Graded answers, whatever their prompts, in lists of `size` that are ranked by grade."""
+def side_by_side(lists: Sequence[RankedList], size: int, *, seed: int) -> list[RankedList]:
+    """Graded answers, whatever their prompts, drawn together in lists of at most `size` and ranked by grade; lists of
+    one grade say nothing and are left out."""
     flat = [answer for one in lists for answer in zip(one.sequences, one.grades, strict=True)]
+    order = torch.randperm(len(flat), generator=generator(seed, "side_by_side")).tolist()
     made = []
     for first in range(0, len(flat), size):
-        sequences, grades = zip(*flat[first : first + size], strict=True)
-        made.append(RankedList(list(sequences), [1 + sum(g > own for g in grades) for own in grades], grades))
+        sequences, grades = zip(*(flat[i] for i in order[first : first + size]), strict=True)
+        if len(set(grades)) > 1:
+            made.append(RankedList(list(sequences), [1 + sum(g > own for g in grades) for own in grades], grades))
     return made
 
 

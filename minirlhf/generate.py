@@ -76,7 +76,8 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
     rng: torch.Generator | Sequence[torch.Generator] | None = None,  # one, or one per returned row; None: torch's own
     stop: Callable[[list[int]], bool] | None = None,  # whether an answer of these tokens, its last one new, is over
 ) -> Generation:  # each (B · num_return_sequences, R), the answers to one prompt together
-    """Draw an answer to every prompt, until its EOS, max_new_tokens, or `stop` says so.
+    """Draw an answer to every prompt, until its EOS, max_new_tokens, or `stop` says so. Runs in inference mode: what a
+    hook on the model keeps cannot be trained on; what is returned can.
 
     Raises ValueError for prompts that are not left-padded or too long for the model, NonFiniteError for logits that
     are NaN or leave no token to draw.
@@ -94,7 +95,7 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
     try:
         with torch.inference_mode(), prepared(model, len(input_ids) * num_return_sequences, max_new_tokens):
             made = _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
-        return Generation(made.tokens.clone(), made.mask.clone(), made.logprobs.clone())  # fit for a backward pass
+        return Generation(made.tokens.clone(), made.mask.clone(), made.logprobs.clone())
     finally:
         model.train(training)
 
@@ -154,7 +155,7 @@ def _decode(
         z = filtered(logits, sampling, t, seen)  # (b, V)
         token, logprob = draw(z, None if uniforms is None else uniforms[rows, t])  # (b,) each
         tokens[rows, t], taken[rows, t] = token, True
-        if z is not logits or sampling.temperature != 1.0:
+        if logprob is None or z is not logits:
             logprob = token_logprobs(logits, token, temperature=sampling.temperature)
         logprobs[rows, t] = logprob.to(logprobs.dtype)
         open_ = (token[:, None] != ends).all(-1)  # (b,)
@@ -199,11 +200,14 @@ def row_uniforms(rng: torch.Generator | Sequence[torch.Generator] | None, rows: 
     return torch.stack([torch.rand(n, generator=g, dtype=torch.float64, device=g.device).cpu() for g in rng])
 
 
-def draw(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:  # (b, V), (b,) in [0, 1) or None: greedy
-    """Invert the cumulative distribution: the first token whose cumulated probability exceeds u, and its log-prob."""
+def draw(
+    logits: Tensor,  # (b, V)
+    uniform: Tensor | None,  # (b,) u in [0, 1); None: greedy
+) -> tuple[Tensor, Tensor | None]:  # (b,) each
+    """Invert the cumulative distribution: the first token whose cumulated probability exceeds u, and its log-prob,
+    which is at hand unless it is greedy."""
     if uniform is None:
-        token = logits.argmax(-1)  # (b,)
-        return token, token_logprobs(logits, token)
+        return logits.argmax(-1), None
     probs = logits.softmax(-1)  # (b, V)
     cumulated = probs.cumsum(-1, dtype=torch.float64)
     target = uniform[:, None] * cumulated[:, -1:]  # u · total, so that rounding of the total cannot matter

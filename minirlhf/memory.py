@@ -112,7 +112,13 @@ def rm_sizes(config: Any, run: Any) -> Sizes:
     records, _ = stage.ranked_records(c, run, loaded, loss=c.rm.loss)
     longest = c.data.max_length or loaded.model.config.max_seq_len
     lists, _ = encode_lists(records, loaded.tokenizer, loaded.template, longest)
-    return Sizes(models, c.rm.microbatch_size, max(len(s) for one in lists for s in one.sequences))
+    sizes = Sizes(models, c.rm.microbatch_size, max(len(s) for one in lists for s in one.sequences))
+    if not c.rm.normalize:
+        return sizes
+    new = c.sample.max_new_tokens
+    asked = (len(loaded.template.prompt_ids(loaded.tokenizer, record.prompt)) for record in records)
+    prompt = max((n for n in asked if n + new <= longest), default=0)
+    return sizes._replace(tokens=max(sizes.tokens, prompt + new), answers=stage.OWN, prompts=(stage.OWN, prompt))
 
 
 def ppo_sizes(config: Any, run: Any) -> Sizes:

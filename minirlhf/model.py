@@ -338,9 +338,10 @@ class MLP(nn.Module):
         return self.down(self.active(self.up, x))
 
     def active(self, layer: Linear, x: Tensor) -> Tensor:  # (B, T, C) → (B, T, d_inner)
-        """act(layer(x)): one call where the weight is packed and nothing, such as an adapter, comes between."""
-        if layer.ready is not None and layer.ready.is_mkldnn and not layer._forward_hooks:
-            return activated(x, layer.ready, layer.bias, self.activation)
+        """act(layer(x)): one call where the weight is packed and no hook, such as an adapter's, comes between."""
+        ready = getattr(layer, "ready", None)  # none where somebody put another kind of layer
+        if ready is not None and ready.is_mkldnn and not (layer._forward_hooks or layer._forward_pre_hooks):
+            return activated(x, ready, layer.bias, self.activation)
         return self.act(layer(x))
 
     def act(self, x: Tensor) -> Tensor:  # same shape

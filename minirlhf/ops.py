@@ -196,7 +196,7 @@ class _Head(torch.autograd.Function):
         dh = torch.zeros_like(hidden, dtype=dtype) if need_hidden else None
         dw = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         db = torch.zeros_like(bias, dtype=dtype) if need_bias else None
-        for rows, cols in _tiles(len(hidden), *weight.shape, hidden.device.type):
+        for rows, cols in _tiles(len(hidden), len(weight), hidden.shape[1], hidden.device.type):
             du = _logit_gradient(rows, cols, inputs, norms, given, ctx.plan)  # (n, v)
             if dh is not None:
                 dh[rows] += product(du, weight[cols].to(hidden.dtype))
@@ -237,7 +237,7 @@ class _Sums:
         self.ref_m, self.ref_s, self.a = self.m.clone(), torch.zeros_like(self.m), torch.zeros_like(self.m)
         self.sums = {name: torch.zeros_like(self.m) for name in names}
         self.vectors = {name: torch.zeros_like(hidden, dtype=dtype) for name in names if slopes}
-        for rows, cols in _tiles(len(hidden), *weight.shape, hidden.device.type):
+        for rows, cols in _tiles(len(hidden), len(weight), hidden.shape[1], hidden.device.type):
             self._add(rows, cols)
 
     def _add(self, rows: slice, cols: slice) -> None:
@@ -313,8 +313,8 @@ def _take_out(z: Tensor, m: Tensor) -> Tensor:  # (n, v), (n,) → (n,)
 
 
 def _tiles(N: int, V: int, C: int, device: str) -> Iterator[tuple[slice, slice]]:  # rows, columns
-    """A tile's logits and its part of the weight, each within the budget; a quarter of the rows at most, so that no tile
-    is the whole. Depends on shapes alone."""
+    """A tile's logits and its part of the weight, each within the budget; a quarter of the rows at most, so that no
+    tile is the whole. Depends on shapes alone."""
     n = max(1, min(ROWS, -(-N // 4)))
     v = max(1, min(COLS, BUDGET["cpu" if device == "cpu" else "cuda"] // (4 * max(n, C))))
     for start in range(0, V, v):

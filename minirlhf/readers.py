@@ -5,7 +5,6 @@ files. What goes wrong elsewhere: prompts cut at a common prefix of characters, 
 rows with an empty answer that teach "empty wins".
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ class Ranking:
     ranks: list[int]
     line: int = 0
     grades: list[float] = field(default_factory=list)  # one per answer, higher is better; empty where none were given
+    absolute: bool = True  # False: of the grades only the differences were given
 
 
 @dataclass(slots=True)
@@ -68,6 +68,9 @@ class Prompt:
 
 
 Record = SFT | Ranking | Scored | Prompt
+
+
+LARGEST = 1e30  # score; the difference of two is a number in fp32 too
 
 
 # ---- fields ---------------------------------------------------------------------------------------------------------
@@ -113,12 +116,14 @@ def _number(row: Row, key: str) -> float:
     value = _get(row, key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Bad("wrong_type", key, f"{type(value).__name__}, not a number")
-    if not abs(value) <= sys.float_info.max:
-        raise Bad("wrong_type", key, "not a finite number")
+    if not abs(value) <= LARGEST:
+        raise Bad("wrong_type", key, f"not a number up to {LARGEST:.0e}")
     return float(value)
 
 
-def _ranking(prompt: str, responses: list[str], ranks: list[int], grades: Sequence[float] = ()) -> Ranking:
+def _ranking(
+    prompt: str, responses: list[str], ranks: list[int], grades: Sequence[float] = (), *, absolute: bool = True
+) -> Ranking:
     """Checked: one rank per response in 0 ... K, at least one strict pair, equal texts ranked equally."""
     if len(ranks) != len(responses):
         raise Bad("rank_invalid", "ranks", f"{len(ranks)} for {len(responses)} responses")
@@ -129,7 +134,7 @@ def _ranking(prompt: str, responses: list[str], ranks: list[int], grades: Sequen
         raise Bad("rank_invalid", "ranks", "no answer is better than another")
     if len(set(placed)) > len({text for text, _ in placed}):
         raise Bad("identical_answers", "responses")
-    return Ranking(prompt, responses, ranks, grades=list(grades))
+    return Ranking(prompt, responses, ranks, grades=list(grades), absolute=absolute)
 
 
 def _by_score(prompt: str, responses: list[str], scores: list[float]) -> Ranking:
@@ -216,21 +221,30 @@ def preference(row: Row, notes: Notes) -> Iterator[Record]:
         answers = [chosen, rejected]
     if answers[0] == answers[1]:
         raise Bad("identical_answers", "chosen and rejected")
-    yield _ranking(prompt, answers, [1, 2], _grades(row))
+    margin = "score_chosen" not in row
+    yield _ranking(prompt, answers, [1, 2], _margin(row, notes) if margin else _scores(row, notes), absolute=not margin)
 
 
-def _grades(row: Row) -> list[float]:
-    """Of the two answers, from their scores or from their margin, where the row has either."""
-    if "score_chosen" in row:
-        grades = [_number(row, "score_chosen"), _number(row, "score_rejected")]
-        if grades[0] <= grades[1]:
-            raise Bad("rank_invalid", "score_chosen", "a tie" if grades[0] == grades[1] else "below score_rejected")
-        return grades
-    if row.get("margin") is None:
+def _scores(row: Row, notes: Notes) -> list[float]:
+    """Of chosen and rejected; none where they contradict these names."""
+    grades = [_number(row, "score_chosen"), _number(row, "score_rejected")]
+    if grades[0] == grades[1]:
+        raise Bad("rank_invalid", "score_chosen", "a tie")
+    if grades[0] < grades[1]:
+        notes["scores_against_choice"] += 1
         return []
-    if _number(row, "margin") < 0:
-        raise Bad("rank_invalid", "margin", "below 0")
-    return [_number(row, "margin"), 0.0]
+    return grades
+
+
+def _margin(row: Row, notes: Notes) -> list[float]:
+    """How much better the chosen one is, where the row says that in a number."""
+    margin = row.get("margin")
+    if margin is None:
+        return []
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= LARGEST:
+        notes["unusable_margin"] += 1
+        return []
+    return [float(margin), 0.0]
 
 
 def _from_messages(row: Row) -> tuple[str, list[str]]:
@@ -250,15 +264,18 @@ def _from_messages(row: Row) -> tuple[str, list[str]]:
 
 
 def native_ranking(row: Row, notes: Notes) -> Iterator[Record]:
-    """prompt, responses, and one rank per response; what the labeling page (its rows have an `annotator`) noted as
-    skipped or all tied prefers nothing and is left out, counted."""
+    """prompt, responses, a rank per response, perhaps a score; what the labeling page (its rows have an `annotator`)
+    noted as skipped or all tied prefers nothing and is left out, counted."""
     responses = _list(row, "responses")
     texts = [_text({f"responses[{i}]": text}, f"responses[{i}]") for i, text in enumerate(responses)]
     prompt, ranks = _prompt(row, "prompt"), _list(row, "ranks")
     if "annotator" in row and len(ranks) == len(texts) and len({str(rank) for rank in ranks if rank}) < 2:
         notes["no_preference"] += 1
     else:
-        yield _ranking(prompt, texts, ranks)
+        scores = [_number({"scores": score}, "scores") for score in _list(row, "scores")] if "scores" in row else []
+        if scores and len(scores) != len(texts):
+            raise Bad("wrong_type", "scores", f"{len(scores)} for {len(texts)} responses")
+        yield _ranking(prompt, texts, ranks, scores)
 
 
 def ultrafeedback_raw(row: Row, notes: Notes) -> Iterator[Record]:

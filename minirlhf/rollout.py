@@ -111,7 +111,7 @@ def target_stats(
     impl: str = "auto",
 ) -> dict[str, Tensor]:  # each name of `want`: (B, R)
     """What the model says about given tokens. Everything that needs a log-prob comes through here."""
-    packed = {} if texts is None else {"texts": texts}  # a model for other rows need not know of them
+    packed: dict[str, Any] = {} if texts is None else {"texts": texts}  # a model for other rows need not know of them
     hidden = response_positions(model.hidden(input_ids, attention_mask, **packed), targets.shape[1])  # (B, R, C)
     how: dict[str, Any] = {"temperature": temperature, "want": want, "impl": impl}
     stats = head_stats(hidden.flatten(0, 1), output_weight(model.head), targets.flatten(), **how)

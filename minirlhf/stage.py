@@ -48,6 +48,7 @@ from minirlhf.tokenizer import Tokenizer
 
 DEFAULT_REWARD = "runs/rm/final"
 VALIDATION = 2048  # records that the built-in task adds for validation
+OWN = 256  # answers of the starting model that rm.normalize asks for
 
 
 class Loaded(NamedTuple):
@@ -238,7 +239,7 @@ def read(config: Any, run: Run) -> list[Any]:
     data = config.data
     records, summary = read_records(data.path, format=data.format, on_bad_row=data.on_bad_row)
     run.dropped += [{"path": data.path, "line": row.line, "reason": row.what} for row in summary.dropped]
-    if summary.dropped:
+    if summary.dropped or summary.notes:
         run.say(str(summary))
     if not records:
         raise DataError(f"{data.path}: no usable record")
@@ -283,16 +284,16 @@ def texts_of(records: Sequence[Any]) -> list[Any]:
     return out
 
 
-def ranked_records(config: Any, run: Run, loaded: Loaded, *, loss: str = "log") -> tuple[list[Any], list[Any]]:
-    """Training and validation lists: of the file, or pairs of the model's own answers that the labeler judged. For the
-    loss `direct` an answer with a label is a list of one."""
+def ranked_records(config: Any, run: Run, loaded: Loaded, *, loss: str = "") -> tuple[list[Any], list[Any]]:
+    """Training and validation lists: of the file, or pairs of the model's own answers that the labeler judged. `loss`
+    is the reward model's; for `direct` an answer with a label is a list of one."""
     data = config.data
     if data.path:
         records = read(config, run)
         if loss == "direct":
             records = [graded(record, data.path) for record in records]
         elif not hasattr(records[0], "ranks"):
-            more = "; --rm.loss direct learns from labels" if hasattr(records[0], "label") else ""
+            more = "; --rm.loss direct learns from labels" if loss and hasattr(records[0], "label") else ""
             raise DataError(f"{data.path}: holds no preferences; a reward model needs pairs or ranked answers{more}")
         return split(records, data.holdout)
     return tuple(judged_pairs(config, loaded, n, purpose) for n, purpose in ((data.size, "pair"), (VALIDATION, "val")))  # type: ignore[return-value]
@@ -302,25 +303,33 @@ def graded(record: Any, path: str) -> Any:
     """The record as a list of answers with grades from 0 to 1."""
     if hasattr(record, "label"):
         return Ranking(record.prompt, [record.response], [1], record.line, [record.label])
-    if not getattr(record, "grades", ()):
-        raise DataError(f"{path}:{record.line}: no label or score, which rm.loss direct learns")
+    if not getattr(record, "grades", ()) or not record.absolute:
+        raise DataError(f"{path}:{record.line}: no label or score of each answer, which rm.loss direct learns")
     if not all(0 <= grade <= 1 for grade in record.grades):
         raise DataError(f"{path}:{record.line}: scores {record.grades} are not from 0 to 1, as rm.loss direct needs")
     return record
 
 
-def own_answers(config: Any, loaded: Loaded, records: Sequence[Any], n: int) -> tuple[list[str], list[str]]:
-    """n prompts of the records, and what the model says to each."""
-    how = sampling(config, loaded)
-    room = (config.data.max_length or loaded.model.config.max_seq_len) - config.sample.max_new_tokens
-    prompts = list(dict.fromkeys(record.prompt for record in records))[:n]
-    kept, encoded, _ = encode_prompts(prompts, loaded.tokenizer, loaded.template, room)
-    rows = [r % len(kept) for r in range(n)]
-    ids, mask = left_padded([encoded[r] for r in rows], how["pad_token_id"], config.run.device)
-    rngs = [generator(config.run.seed, "own", 0, r) for r in range(n)]
+def own_answers(config: Any, loaded: Loaded, records: Sequence[Any]) -> list[list[int]]:
+    """Prompts of the records, each with what the model says to it, as PPO will see them: OWN token lists.
+
+    Raises DataError where the records have no prompts, or the model always says the same.
+    """
+    how, data, seed = sampling(config, loaded), config.data, config.run.seed
+    room = (data.max_length or loaded.model.config.max_seq_len) - config.sample.max_new_tokens
+    prompts = list(dict.fromkeys(record.prompt for record in records))
+    if not any(loaded.template.prompt_ids(loaded.tokenizer, prompt) for prompt in prompts):
+        raise DataError(f"{data.path}: its records have no prompts, which rm.normalize answers; leave it out")
+    drawn = torch.randperm(len(prompts), generator=generator(seed, "own/prompts")).tolist()[:OWN]
+    _, encoded, _ = encode_prompts([prompts[i] for i in drawn], loaded.tokenizer, loaded.template, room)
+    asked = [encoded[r % len(encoded)] for r in range(OWN)]
+    ids, mask = left_padded(asked, how["pad_token_id"], config.run.device)
     loaded.model.to(config.run.device)
-    made = sample_rows(loaded.model, ids, mask, rng=rngs, **how)
-    return [kept[r] for r in rows], decode(made.tokens, made.mask, loaded.tokenizer)
+    made = sample_rows(loaded.model, ids, mask, rng=[generator(seed, "own", 0, r) for r in range(OWN)], **how)
+    answers = [[*prompt, *ids[real].tolist()] for prompt, ids, real in zip(asked, made.tokens, made.mask, strict=True)]
+    if len(set(map(tuple, answers))) == 1:
+        raise DataError("rm.normalize: the model always says the same; raise sample.temperature, or leave it out")
+    return answers
 
 
 def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]:

@@ -652,6 +652,25 @@ def test_prepared_weights_under_an_adapter(monkeypatch, family):
     assert not torch.equal(base, model(torch.cat([ids, made.tokens], 1)).argmax(-1))
 
 
+def test_hooks_and_layers_of_others_are_called(monkeypatch):
+    monkeypatch.setattr(generate_module, "WORTH_PREPARING", 1)
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    model, called = lm("gpt2", torch.float32), Counter()
+    up = model.trunk.blocks[0].mlp.up
+    up.register_forward_pre_hook(lambda *a: called.update(["before"]))
+    model.trunk.blocks[1].mlp.up.register_forward_hook(lambda *a: called.update(["after"]))
+    run(model, PROMPTS, rng=streams(5), eos_token_id=None)
+    assert called == {"before": 12, "after": 12}
+    other = model.trunk.blocks[0].mlp.up = torch.nn.Linear(*up.weight.T.shape)
+    other.load_state_dict(up.state_dict())
+    torch.manual_seed(0)
+    assert_close(
+        run(model, PROMPTS, rng=streams(5)).logprobs,
+        run(lm("gpt2", torch.float32), PROMPTS, rng=streams(5)).logprobs,
+        fp32,
+    )
+
+
 def test_what_is_drawn_can_be_trained_on():
     model = lm("llama", torch.float32)
     made = run(model, PROMPTS, rng=streams(5))

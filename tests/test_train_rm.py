@@ -11,7 +11,7 @@ from tolerance import assert_close, fp32, fp64
 
 from minirlhf.config import RMSection
 from minirlhf.data import RankedList, side_by_side
-from minirlhf.errors import CheckpointError, NonFiniteError
+from minirlhf.errors import CheckpointError
 from minirlhf.formats import read_records
 from minirlhf.heads import RewardModel
 from minirlhf.model import ModelConfig
@@ -60,10 +60,15 @@ def test_direct_scores_by_hand():
 
 
 def test_graded_answers_side_by_side():
-    lists = [RankedList([[i]], [1], [grade]) for i, grade in enumerate([0.5, 1.0, 0.5, 0.0, 1.0])]
-    found = side_by_side(lists, 3)
-    assert [one.ranks for one in found] == [[2, 1, 2], [2, 1]]
-    assert [one.sequences for one in found] == [[[0], [1], [2]], [[3], [4]]]
+    grades = [0.5, 1.0, 0.5, 0.0, 1.0, 0.25, 0.75]
+    lists = [RankedList([[i]], [1], [grade]) for i, grade in enumerate(grades)]
+    found = side_by_side(lists, 4, seed=0)
+    assert sorted(s for one in found for s in one.sequences) == [[i] for i in range(7)]
+    for one in found:
+        own = [grades[s[0]] for s in one.sequences]
+        assert one.ranks == [1 + sorted(own, reverse=True).index(grade) for grade in own]
+    assert side_by_side(lists, 4, seed=1) != found
+    assert side_by_side([RankedList([[i]], [1], [1.0]) for i in range(5)], 4, seed=0) == []
 
 
 def test_hard_negatives_have_the_lowest_grade():
@@ -87,8 +92,9 @@ def test_normalized_scores():
     assert all(torch.equal(weights[name], p) for name, p in model.state_dict().items())
     model.normalize(after * 3 + 5)  # once more, of scores that are what the model says now
     assert_close(model(ids).detach(), (after - 5) / 3, fp32)
-    with pytest.raises(NonFiniteError, match="all 2"):
-        model.normalize(torch.full((4,), 2.0))
+    gain, bias = model.gain, model.bias
+    model.normalize(torch.full((4,), 2.0))  # no deviation to divide by
+    assert (model.gain, model.bias) == (gain, pytest.approx(bias - 2.0))
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -104,6 +110,9 @@ RATED = {"instruction": "q", "completions": [{"response": "a", "overall_score": 
         (PAIR, []),
         (PAIR | {"margin": 1.5}, [1.5, 0.0]),
         (PAIR | {"margin": None}, []),
+        *((PAIR | {"margin": unusable}, []) for unusable in (-1, "large", True, 10**400)),
+        (PAIR | {"score_chosen": 1, "score_rejected": 2}, []),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [2, 1], "scores": [0.5, 1]}, [0.5, 1.0]),
         (PAIR | {"score_chosen": 8, "score_rejected": 6.5}, [8.0, 6.5]),
         (RATED, [2.0, 9.0]),
         ({"question": "q", "answer_0": "a", "answer_1": "b", "score_0": -1, "score_1": 1}, [-1.0, 1.0]),
@@ -114,13 +123,18 @@ def test_grades_of_data_files(tmp_path, row, grades):
     assert record.grades == grades
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"margin": -1}, {"margin": "1"}, {"margin": 10**400}, {"margin": 1e999}, {"score_chosen": 1, "score_rejected": 2}],
-)
-def test_grades_that_are_none_are_refused(tmp_path, wrong):
-    _, summary = read_records(write(tmp_path / "x.jsonl", [PAIR, PAIR | wrong]), on_bad_row="drop")
-    assert [row.line for row in summary.dropped] == [2]
+def test_grades_that_cannot_be_used_are_counted(tmp_path):
+    rows = [PAIR, PAIR | {"margin": "large"}, PAIR | {"margin": -1}, PAIR | {"score_chosen": 1, "score_rejected": 2}]
+    records, summary = read_records(write(tmp_path / "x.jsonl", rows))
+    assert summary.notes == {"unusable_margin": 2, "scores_against_choice": 1}
+    assert len(records) == 4
+
+
+@pytest.mark.parametrize("scores", [[1], [1, "2"], [1, 10**400], 1])
+def test_scores_that_are_none_are_refused(tmp_path, scores):
+    row = {"prompt": "q", "responses": ["a", "b"], "ranks": [2, 1]}
+    _, summary = read_records(write(tmp_path / "x.jsonl", [row, row | {"scores": scores}]), on_bad_row="drop")
+    assert [bad.line for bad in summary.dropped] == [2]
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -132,7 +146,7 @@ def test_direct_scores_from_labels(stages, tmp_path):
     data = write(tmp_path / "labels.jsonl", rows)
     model = ["--model.path", stages / "runs/sft/final", "--data.path", data, "--data.holdout", "20"]
     out = script("rm", *SHORT, *model, "--rm.loss", "direct", "--rm.hard_negatives", "0.1",
-                 "--rm.normalize", "true", "--sample.max_new_tokens", "12", cwd=tmp_path)  # fmt: skip
+                 "--rm.normalize", "true", "--sample.max_new_tokens", "4", cwd=tmp_path)  # fmt: skip
     assert "held-out pairs" in out
     last = metrics(tmp_path / "runs/rm")[-1]
     assert last["val/accuracy"] == 1.0
@@ -146,6 +160,12 @@ def test_direct_scores_from_labels(stages, tmp_path):
     plain = reward_of(str(final))([PROMPT] * 2, [GOOD, BAD])
     assert_close(torch.tensor([good, bad]), torch.tensor(plain) * meta["score_gain"] + meta["score_bias"], fp32)
     assert meta["score_gain"] != 1.0
+    (final / "minirlhf.json").write_text(json.dumps(meta))
+    script("ppo", "--model.path", stages / "runs/sft/final", "--run.steps", "1", "--ppo.rollout_size", "128",
+           "--ppo.prompts", PROMPT, "--sample.max_new_tokens", "4", "--run.log_every", "1", cwd=tmp_path)  # fmt: skip
+    first = metrics(tmp_path / "runs/ppo")[0]  # most answers are cut, and have no end that a text would have
+    assert abs(first["objective/scores"]) < 0.4
+    assert 0.7 < first["objective/scores_std"] < 1.4
     (final / "minirlhf.json").write_text(json.dumps(meta | {"score_gain": -1.0}))
     with pytest.raises(CheckpointError, match=r"score_gain -1\.0"):
         reward_of(str(final))
@@ -168,7 +188,14 @@ def test_margins_change_what_is_learnt(stages, tmp_path):
     [
         ([PAIR], ["--rm.margin", "1"], "no scores or margins"),
         ([PAIR], ["--rm.loss", "direct"], r"x.jsonl:1: no label or score"),
-        ([PAIR | {"margin": 2.0}], ["--rm.loss", "direct"], r"x.jsonl:1: .* not from 0 to 1"),
+        ([PAIR | {"margin": 0.5}], ["--rm.loss", "direct"], r"x.jsonl:1: no label or score"),
+        ([PAIR | {"score_chosen": 2, "score_rejected": 1}], ["--rm.loss", "direct"], r"x.jsonl:1: .* not from 0 to 1"),
+        (
+            [{"text": "so", "label": i % 2} for i in range(9)],
+            ["--rm.loss", "direct", "--rm.normalize", "true"],
+            "x.jsonl: its records have no prompts",
+        ),
+        ([PAIR], ["--rm.normalize", "true", "--sample.temperature", "0.000001"], "always says the same"),
         ([{"prompt": "q", "response": "a", "label": 1}], [], "--rm.loss direct learns from labels"),
         ([PAIR], ["--rm.loss", "softmax", "--rm.margin", "1"], "softmax has no pairs"),
         (None, ["--rm.loss", "direct"], "--data.path FILE"),

@@ -114,11 +114,13 @@ def _objects(row: Row, key: str) -> list[Row]:
 
 def _number(row: Row, key: str) -> float:
     value = _get(row, key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Bad("wrong_type", key, f"{type(value).__name__}, not a number")
-    if not abs(value) <= LARGEST:
-        raise Bad("wrong_type", key, f"not a number up to {LARGEST:.0e}")
+    if not _is_score(value):
+        raise Bad("wrong_type", key, f"{type(value).__name__}, not a number up to {LARGEST:.0e}")
     return float(value)
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _ranking(
@@ -134,7 +136,7 @@ def _ranking(
         raise Bad("rank_invalid", "ranks", "no answer is better than another")
     if len(set(placed)) > len({text for text, _ in placed}):
         raise Bad("identical_answers", "responses")
-    return Ranking(prompt, responses, ranks, grades=list(grades), absolute=absolute)
+    return Ranking(prompt, responses, ranks, grades=[float(grade) for grade in grades], absolute=absolute)
 
 
 def _by_score(prompt: str, responses: list[str], scores: list[float]) -> Ranking:
@@ -241,7 +243,7 @@ def _margin(row: Row, notes: Notes) -> list[float]:
     margin = row.get("margin")
     if margin is None:
         return []
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= LARGEST:
+    if not _is_score(margin) or margin < 0:
         notes["unusable_margin"] += 1
         return []
     return [float(margin), 0.0]
@@ -272,9 +274,10 @@ def native_ranking(row: Row, notes: Notes) -> Iterator[Record]:
     if "annotator" in row and len(ranks) == len(texts) and len({str(rank) for rank in ranks if rank}) < 2:
         notes["no_preference"] += 1
     else:
-        scores = [_number({"scores": score}, "scores") for score in _list(row, "scores")] if "scores" in row else []
-        if scores and len(scores) != len(texts):
-            raise Bad("wrong_type", "scores", f"{len(scores)} for {len(texts)} responses")
+        scores = row.get("scores") or []
+        if scores and not (isinstance(scores, list) and len(scores) == len(texts) and all(map(_is_score, scores))):
+            notes["unusable_scores"] += 1
+            scores = []
         yield _ranking(prompt, texts, ranks, scores)
 
 

@@ -130,11 +130,12 @@ def test_grades_that_cannot_be_used_are_counted(tmp_path):
     assert len(records) == 4
 
 
-@pytest.mark.parametrize("scores", [[1], [1, "2"], [1, 10**400], 1])
-def test_scores_that_are_none_are_refused(tmp_path, scores):
-    row = {"prompt": "q", "responses": ["a", "b"], "ranks": [2, 1]}
-    _, summary = read_records(write(tmp_path / "x.jsonl", [row, row | {"scores": scores}]), on_bad_row="drop")
-    assert [bad.line for bad in summary.dropped] == [2]
+@pytest.mark.parametrize("scores", [[1], [1, "2"], [1, 10**400], 1, {"a": 1}])
+def test_scores_of_a_ranking_that_cannot_be_used_are_counted(tmp_path, scores):
+    row = {"prompt": "q", "responses": ["a", "b"], "ranks": [2, 1], "scores": scores}
+    (record,), summary = read_records(write(tmp_path / "x.jsonl", [row]))
+    assert record.grades == []
+    assert summary.notes == {"unusable_scores": 1}
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------

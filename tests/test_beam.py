@@ -189,6 +189,29 @@ def test_it_stops_when_nothing_can_be_gained():
     assert model.passes == 1
 
 
+def test_it_stops_where_nothing_but_a_tie_is_left():
+    """Kept: an end of 0.4, and one of 0.6 · 0.5; open: 0.6 · 0.5."""
+    logs = [[0.0] * 3, [math.log(0.4), -99.0, math.log(0.6)], [math.log(0.5), -99.0, math.log(0.5)]]
+    model = Chain([logs] * 9)
+    beam_search(model, torch.tensor([[1]]), num_beams=2, max_new_tokens=9, eos_token_id=0, pad_token_id=0,
+                length_penalty=0.0)  # fmt: skip
+    assert model.passes == 2
+
+
+def test_ends_do_not_push_open_beams_out():
+    """Ends are 0 and 4. After two tokens 2 1 has 0.2, four ended answers have more than 3 2, which has 0.044; but
+    2 1 goes on with five tokens of 0.2 each, 0.04, and 3 2 with a 3 of 0.97, 0.04268."""
+    none = [0.2] * 5
+    first = [none, [0.05, 1e-9, 0.5, 0.4, 0.05], none, none, none]
+    second = [none, none, [0.29, 0.4, 0.01, 0.01, 0.29], [0.46, 1e-9, 0.11, 1e-9, 0.43], none]
+    third = [none, none, [0.01, 0.01, 0.005, 0.97, 0.005], none, none]
+    model = Chain([[[math.log(p) for p in row] for row in table] for table in (first, second, third)])
+    found = beam_search(model, torch.tensor([[1]]), num_beams=2, max_new_tokens=3, eos_token_id=(0, 4),
+                        pad_token_id=0, length_penalty=3.0)  # fmt: skip
+    assert found.tokens[0, 0].tolist() == [3, 2, 3]
+    assert found.scores[0, 0].item() == pytest.approx(math.log(0.4 * 0.11 * 0.97) / 27, abs=1e-6)
+
+
 @pytest.mark.parametrize("ends", [(EOS,), (EOS, 2)])
 def test_filters_of_beams(ends):
     def no_token_twice(ids, _, z):
@@ -209,6 +232,21 @@ def test_filters_of_beams(ends):
         check_beams(chain(seed, 9), prompts, n, 5, ends, alpha, penalty, repetition_penalty=2.0)
         check_beams(chain(seed, 9), prompts, n, 5, ends, alpha, late, min_new_tokens=3)
         check_beams(chain(seed, 9), prompts, n, 5, ends, alpha, without, suppress_tokens=(3, 5))
+
+
+@pytest.mark.xfail(strict=True, reason="hopeful is found anew at each step: a row that is done begins again")
+def test_a_done_row_does_not_wait_for_its_neighbour():
+    """After 1: end 0.6, 3 0.4; done, since log 0.6 > log 0.4. 3 3 0 would score log √³0.376, but nobody looks there."""
+    none = [0.25] * 4
+    tables = [[none, [0.6, 1e-9, 1e-9, 0.4], [0.03, 0.03, 0.9, 0.04], none],
+              [none, none, [0.03, 0.03, 0.9, 0.04], [0.01, 0.01, 0.01, 0.97]],
+              [none, none, [0.9, 0.03, 0.03, 0.04], [0.97, 0.01, 0.01, 0.01]]]  # fmt: skip
+    model, how = Chain([[[math.log(p) for p in row] for row in table] for table in tables]), {"num_beams": 1}
+    how |= {"max_new_tokens": 3, "eos_token_id": 0, "pad_token_id": 0, "length_penalty": 1.0}
+    alone = beam_search(model, torch.tensor([[1]]), **how)
+    both = beam_search(model, torch.tensor([[1], [2]]), **how)
+    assert alone.mask.sum(-1).tolist() == [[1]]
+    assert both.mask.sum(-1).tolist() == [[1], [3]]
 
 
 # ---- what it leaves alone, and what it refuses ----------------------------------------------------------------------

@@ -41,6 +41,9 @@ TESTS = {
     "loss": ["test_loss.py", *MATH],
     "feedback": ["test_feedback.py"],
     "generate": ["test_generate.py"],
+    "heads": ["test_heads.py", "test_train_rm.py"],
+    "beam": ["test_beam.py"],
+    "prepare": ["test_prepare.py"],
     "ppo": ["test_ppo.py", "test_ppo_parts.py", "test_objectives.py", "test_ppo_presets.py", "test_regressions.py"],
 }
 
@@ -270,18 +273,37 @@ def install(module, text):
     exec(compile(text, f"<mutant of {module}>", "exec"), new)
     for name, x in new.items():
         was = old.get(name)
-        if isinstance(x, type) and isinstance(was, type) and x is not was:
-            for method, f in vars(x).items():
-                transplant(vars(was).get(method), f)
+        if isinstance(x, type) and isinstance(was, type):
+            if x is not was:
+                install_class(was, x)
         elif not transplant(was, x) and not name.startswith("__") and not isinstance(x, type):
             old[name] = x
 
 
+def install_class(was, x):
+    """Methods, properties and constants; a dataclass that is no longer frozen loses and changes methods."""
+    for name in [n for n, f in vars(was).items() if isinstance(f, types.FunctionType) and n not in vars(x)]:
+        delattr(was, name)
+    for name, f in vars(x).items():
+        try:
+            done = transplant(vars(was).get(name), f)
+        except ValueError:  # it closes over something else
+            setattr(was, name, f)
+        else:
+            if not done and not name.startswith("__") and isinstance(f, int | float | str | tuple):
+                setattr(was, name, f)
+
+
 def transplant(was, x):
     """Function to function; → whether they are functions."""
-    was, x = (getattr(f, "__func__", f) for f in (was, x))  # staticmethod, classmethod
-    while hasattr(x, "__wrapped__") and hasattr(was, "__wrapped__"):
-        was, x = was.__wrapped__, x.__wrapped__
+    was, x = (getattr(f, "__func__", getattr(f, "fget", f)) for f in (was, x))  # staticmethod, classmethod, property
+    while hasattr(was, "__wrapped__") and isinstance(x, types.FunctionType):
+        if hasattr(x, "__wrapped__"):
+            x = x.__wrapped__
+        else:  # without its no_grad
+            cells = dict(zip(was.__code__.co_freevars, was.__closure__, strict=True))
+            cells["ctx_factory"].cell_contents = contextlib.nullcontext
+        was = was.__wrapped__
     if not (isinstance(was, types.FunctionType) and isinstance(x, types.FunctionType)):
         return False
     was.__code__, was.__defaults__, was.__kwdefaults__ = x.__code__, x.__defaults__, x.__kwdefaults__

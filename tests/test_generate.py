@@ -8,6 +8,7 @@ is decoding as a textbook has it: one row, no padding, no cache, a full forward 
 import math
 import sys
 from collections import Counter
+from dataclasses import FrozenInstanceError
 from itertools import pairwise
 
 import pytest
@@ -16,9 +17,10 @@ from tolerance import assert_close, bf16, exact, fp32, fp64
 
 from minirlhf import products
 from minirlhf.errors import NonFiniteError
-from minirlhf.generate import Sampling, draw, filtered, generate
+from minirlhf.generate import Sampling, draw, filtered, generate, row_uniforms
 from minirlhf.lora import LoRAConfig, adapter_parameters, add_adapter, use_adapter
 from minirlhf.model import CausalLM, Linear, ModelConfig
+from minirlhf.rng import generator
 
 generate_module = sys.modules["minirlhf.generate"]
 EOS, PAD, V = 1, 0, 13
@@ -266,6 +268,14 @@ def test_draw_inverts_the_cumulative_distribution():
         assert draw(logits, torch.tensor([u], dtype=torch.float64))[0].item() == token
 
 
+def test_draw_sums_in_fp64_and_scales_by_the_total():
+    """fp32 probabilities ½, 2⁻²⁶, ½: ½ of their sum 1 + 2⁻²⁶ is ½ + 2⁻²⁷, which token 1 alone reaches."""
+    logits = torch.tensor([[0.0, -25 * math.log(2), 0.0]])
+    token, logprob = draw(logits, torch.tensor([0.5], dtype=torch.float64))
+    assert token.tolist() == [1]
+    assert_close(logprob, [-26 * math.log(2)], fp32)
+
+
 def test_draw_never_gives_an_excluded_token():
     never = float("-inf")
     logits = torch.tensor([[never, 0.0, never, 1.0, never]]).repeat(3, 1)
@@ -283,6 +293,26 @@ def test_log_probs_are_those_of_the_unfiltered_policy():
     assert_close(got.logprobs, [[table[token] for token in row] for row in got.tokens.tolist()], fp32)
     assert got.logprobs.dtype == torch.float32
     assert len(got.tokens.unique()) > 1
+
+
+@pytest.mark.parametrize(
+    ("temperature", "more"), [(1.0, {"top_k": 2}), (2.0, {}), (2.0, {"do_sample": False}), (1.0, {"do_sample": False})]
+)
+def test_log_probs_know_the_temperature_and_no_filter(temperature, more):
+    logits = (2.0, 1.0, 0.0, -1.0)
+    got = generate(
+        fixed(*logits), torch.tensor([[3]]), max_new_tokens=6, eos_token_id=None, pad_token_id=0,
+        temperature=temperature, num_return_sequences=4, rng=torch.Generator().manual_seed(0), **more,
+    )  # fmt: skip
+    table = [math.log(p) for p in softmax([z / temperature for z in logits])]
+    assert_close(got.logprobs, [[table[token] for token in row] for row in got.tokens.tolist()], fp32)
+
+
+def test_a_row_draws_from_the_stream_of_its_number():
+    base = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(1)))
+    assert base > 2**61  # of a number below, the limit would not be seen
+    expected = [torch.rand(3, generator=generator(base, "sample", row=r), dtype=torch.float64) for r in range(2)]
+    assert_close(row_uniforms(torch.Generator().manual_seed(1), 2, 3), torch.stack(expected), exact)
 
 
 # ---- the filters, by hand -------------------------------------------------------------------------------------------
@@ -304,6 +334,25 @@ def probabilities(logits, *, t=0, prompt=(0,), real=None, answer=(), **settings)
     return z.softmax(-1)[0]
 
 
+def test_no_filter_leaves_the_logits_alone():
+    """The very tensor, at the first token too, whether or not what was said is given."""
+    logits, ids = torch.tensor([[1.0, 2.0]]), torch.tensor([[0, 1, 0]])
+    for seen in (None, (ids, ids >= 0, ids)):
+        assert filtered(logits, Sampling(9, (1,)), 0, seen) is logits
+
+
+def test_who_looks_back():
+    assert not Sampling(9, (1,)).looks_back
+    assert Sampling(9, (1,), repetition_penalty=2.0).looks_back
+    assert Sampling(9, (1,), no_repeat_ngram_size=1).looks_back
+
+
+def test_one_row_without_a_token_is_an_error():
+    ids = torch.tensor([[0, 1], [0, 0]])
+    with pytest.raises(NonFiniteError, match="new token 3"):
+        filtered(torch.zeros(2, 2), Sampling(9, (), no_repeat_ngram_size=1), 3, (ids, ids >= 0, ids[:, :0]))
+
+
 P4 = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
 
 
@@ -321,6 +370,10 @@ P4 = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
         ({"top_p": 0.0}, (1, 0, 0, 0)),  # never nothing
         ({"top_p": 0.999}, (0.5, 0.3, 0.15, 0.05)),
         ({"temperature": 0.5}, (0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365)),  # squares
+        (
+            {"temperature": 2.0, "top_k": 2},
+            (math.sqrt(5) / (math.sqrt(5) + math.sqrt(3)), math.sqrt(3) / (math.sqrt(5) + math.sqrt(3)), 0, 0),
+        ),  # roots of .5, .3
         ({"temperature": 0.5, "top_p": 0.6}, (1, 0, 0, 0)),  # temperature first: 0.685 reaches 0.6 alone
         ({"top_k": 2, "top_p": 0.6}, (1, 0, 0, 0)),  # top-k first: 0.625 reaches 0.6 alone
         ({"top_p": 0.6}, (0.625, 0.375, 0, 0)),
@@ -358,6 +411,11 @@ def test_equal_tokens():
 )
 def test_repetition_penalty(kwargs, expected):
     assert_close(probabilities([2.0, -1.0, 0.5, 0.0], repetition_penalty=1.2, **kwargs), softmax(expected), fp64)
+
+
+def test_a_repetition_penalty_of_two():
+    halved = softmax([1.0, -1.0, 0.5])
+    assert_close(probabilities([2.0, -0.5, 0.5], repetition_penalty=2.0, prompt=[0, 1]), halved, fp64)
 
 
 def test_repetition_penalty_while_decoding():
@@ -475,12 +533,20 @@ def test_several_ends():
         [[True, False, True]],  # a hole
         [[False, False, False]],  # nothing
         [[False, True, True], [True, True, False]],  # one row of two
+        [[False, True, True], [False, False, False]],
     ],
 )
 def test_prompts_that_are_not_left_padded_are_refused(mask):
     mask = torch.tensor(mask)
     with pytest.raises(ValueError, match="left-padded"):
         generate(lm(), torch.full(mask.shape, 5), mask, max_new_tokens=2, eos_token_id=EOS, pad_token_id=PAD)
+
+
+@pytest.mark.parametrize(("ids", "mask"), [((3,), (3,)), ((2, 3), (1, 3)), ((2, 3), (2, 2))])
+def test_shapes_that_do_not_fit_are_refused(ids, mask):
+    ids, mask = torch.full(ids, 5), torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(AssertionError):
+        generate(lm(), ids, mask, max_new_tokens=2, eos_token_id=EOS, pad_token_id=PAD)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
@@ -496,6 +562,8 @@ def test_a_prompt_too_long_for_the_positions_is_refused():
     generate(model, torch.full((1, 5), 5), max_new_tokens=3, **settings)  # fills the table exactly
     with pytest.raises(ValueError, match="9 tokens exceed 8 positions"):
         generate(model, torch.full((1, 5), 5), max_new_tokens=4, **settings)
+    with pytest.raises(ValueError, match="9 tokens exceed 8 positions"):  # the longest counts
+        generate(model, *padded([[5], [5] * 5]), max_new_tokens=4, **settings)
     ids, mask = padded([[5, 6]], width=20)  # padding takes no positions
     assert generate(model, ids, mask, max_new_tokens=6, **settings).tokens.shape == (1, 6)
     generate(lm("llama", max_seq_len=8), torch.full((1, 5), 5), max_new_tokens=9, **settings)  # there is no table
@@ -590,6 +658,59 @@ def test_inputs_stay_as_they_are_and_nothing_carries_a_gradient():
     assert torch.equal(ids, before[0])
     assert torch.equal(mask, before[1])
     assert all(torch.equal(p, before[2][name]) for name, p in model.named_parameters())
+
+
+def test_everything_is_made_where_the_prompts_are():
+    """A tensor made without a device would be on meta here, and mixing is refused."""
+    model, (ids, mask) = lm(), padded(PROMPTS)
+    settings = {"max_new_tokens": 5, "eos_token_id": EOS, "pad_token_id": PAD, "suppress_tokens": [2]}
+    for rng in (torch.Generator().manual_seed(0), streams(5)):
+        expected = generate(model, ids, mask, rng=rng, stop=lambda _: False, **settings)
+        rng = torch.Generator().manual_seed(0) if isinstance(rng, torch.Generator) else streams(5)
+        with torch.device("meta"):
+            got = generate(model, ids, mask, rng=rng, stop=lambda _: False, **settings)
+        assert torch.equal(got.tokens, expected.tokens)
+        assert torch.equal(got.logprobs, expected.logprobs)
+    with torch.device("meta"):  # all prompts are different
+        made = generate(model, ids[:3], mask[:3], num_return_sequences=2, rng=streams(6), **settings)
+    expected = generate(model, ids[:3], mask[:3], num_return_sequences=2, rng=streams(6), **settings)
+    assert torch.equal(made.tokens, expected.tokens)
+
+
+def test_fp64_weights_give_fp64_log_probs_that_a_backward_pass_may_keep():
+    got = run(lm(), PROMPTS)
+    assert got.logprobs.dtype == torch.float64
+    assert not any(x.is_inference() for x in (got.tokens, got.mask, got.logprobs))
+
+
+def test_settings_and_answers_are_not_changed_by_accident():
+    with pytest.raises(FrozenInstanceError):
+        Sampling(9, (1,)).temperature = 2.0
+    with pytest.raises(FrozenInstanceError):
+        run(lm(), PROMPTS).tokens = None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_is_fp32_on_the_cpu(dtype):
+    ids, mask = padded(PROMPTS)
+    cache, _, _ = generate_module._prefill(lm(dtype=dtype), ids, mask, 3)
+    assert {t.dtype for t in (*cache.keys, *cache.values)} == {torch.float32}
+
+
+def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
+    """A head of bf16 is brought to fp32 once, even where no product is large enough to be packed."""
+    monkeypatch.setattr(products, "SMALLEST", 10**12)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = lm(dtype=dtype)
+        with generate_module.prepared(model, 1, 15):
+            assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
+        with generate_module.prepared(model, 1, 16):
+            ready = [m.ready for m in model.modules() if isinstance(m, Linear) and m.ready is not None]
+            if dtype == torch.bfloat16:
+                assert ready[0] is model.head.ready
+                assert_close(ready[0], model.head.weight.float(), exact)
+                assert ready[0].dtype == torch.float32
+            assert len(ready) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])

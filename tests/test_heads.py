@@ -1,11 +1,14 @@
 """Reward and value models: read at the right token, whatever the padding, and new heads as the papers draw them."""
 
+import math
+
 import pytest
 import torch
-from tolerance import assert_close, exact, fp64
+from tolerance import assert_close, exact, fp32, fp64
 
+from minirlhf.errors import NonFiniteError
 from minirlhf.families import FAMILIES
-from minirlhf.heads import RewardModel, ValueModel, last_true
+from minirlhf.heads import RewardModel, SharedValueModel, ValueModel, last_true
 from minirlhf.model import Cache, CausalLM, ModelConfig
 
 V = 17
@@ -35,6 +38,15 @@ def test_last_true_on_any_side():
     assert last_true(ids, mask.bool()).tolist() == [3, 1, 2, 0, 3, 3]
     assert last_true(ids, mask).tolist() == [3, 1, 2, 0, 3, 3]
     assert last_true(ids, None).tolist() == [3] * 6
+
+
+def test_everything_is_made_where_the_weights_and_tokens_are():
+    """The meta device stands for a GPU."""
+    ids, policy = tokens(2, 5).to("meta"), lm().to("meta")
+    assert last_true(ids, None).device.type == "meta"
+    assert last_true(ids, torch.ones(2, 5, device="meta")).device.type == "meta"
+    for model in (RewardModel(policy.trunk), ValueModel(policy.trunk), SharedValueModel(policy)):
+        assert model.score.weight.device.type == "meta"
 
 
 @FAMILY
@@ -119,6 +131,13 @@ def test_new_head_is_drawn_as_published():
     assert torch.equal(first.trunk.embed.weight, model.trunk.embed.weight)
 
 
+def test_the_deviation_of_a_new_head_by_hand():
+    """C = 8: a standard normal number of the same generator, divided by √9."""
+    model = RewardModel.from_causal_lm(lm(), rng=torch.Generator().manual_seed(5))
+    normal = torch.empty(1, 8).normal_(generator=torch.Generator().manual_seed(5))
+    assert_close(model.score.weight.detach(), normal / 3, fp32)
+
+
 def test_from_a_config_alone():
     a, b = (RewardModel(lm("llama").config, rng=torch.Generator().manual_seed(0)) for _ in range(2))
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
@@ -144,3 +163,70 @@ def test_every_module_has_a_name_in_the_files(family):
     named = {path for path, module in model.named_modules() if list(module.parameters(recurse=False))}
     assert named == set(model.module_names())
     assert model.module_names()["score"] == "score"
+
+
+# ---- normalized scores ----------------------------------------------------------------------------------------------
+
+
+def test_gain_and_bias_by_hand():
+    """Scores 0, 1, 1: mean 2/3, deviation √2/3, in fp64. Then 5, 5, 11 on the new scale: mean 7, deviation √8."""
+    model = reward()
+    assert (model.gain, model.bias) == (1.0, 0.0)
+    model.normalize(torch.tensor([0.0, 1.0, 1.0]))
+    gain, bias = 3 / math.sqrt(2), -math.sqrt(2)
+    assert (model.gain, model.bias) == pytest.approx((gain, bias), rel=1e-12)
+    model.normalize(torch.tensor([5.0, 5.0, 11.0]))
+    assert (model.gain, model.bias) == pytest.approx((gain / math.sqrt(8), (bias - 7) / math.sqrt(8)), rel=1e-12)
+
+
+def test_scores_around_zero_are_normalized():
+    model = reward()
+    model.normalize(torch.tensor([-1.0, 3.0, -3.0, 1.0]))
+    assert (model.gain, model.bias) == pytest.approx((1 / math.sqrt(5), 0.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("mean", [0.0, 2.0, -2.0])
+def test_equal_scores_are_refused(mean):
+    with pytest.raises(NonFiniteError, match="are all"):
+        reward().normalize(torch.full((4,), mean))
+
+
+@pytest.mark.parametrize("mean", [1.0, -1.0, 1e-9])
+def test_scores_are_equal_within_a_millionth_of_their_mean(mean):
+    model, signs = reward(), torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match="are all"):
+        model.normalize(mean * (1 + 0.9e-6 * signs))
+    model.normalize(mean * (1 + 1.5e-6 * signs))
+    assert model.gain == pytest.approx(1 / 1.5e-6 / abs(mean), rel=1e-6)
+
+
+# ---- a value head on the policy's own trunk -------------------------------------------------------------------------
+
+
+def test_a_shared_value_model_has_a_head_alone():
+    policy = lm()
+    model = SharedValueModel(policy)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {"score.weight": (1, 8)}
+    assert model.policy is policy
+    assert model.trunk is policy.trunk
+    assert model.config is policy.config
+    ids = tokens(2, 5)
+    with torch.no_grad():
+        model.score.weight.fill_(0.5)
+        assert_close(model(ids), policy.hidden(ids).sum(-1) / 2, fp64)
+
+
+def test_first_values_on_a_shared_trunk_are_zero():
+    """What torch.empty gives is NaN here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = SharedValueModel(lm())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert model(tokens(2, 5)).abs().max() == 0
+
+
+def test_a_value_model_draws_nothing_from_torch():
+    trunk, before = lm().trunk, torch.get_rng_state()
+    ValueModel.from_trunk(trunk)
+    assert torch.equal(torch.get_rng_state(), before)

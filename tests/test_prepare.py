@@ -1,15 +1,19 @@
 """Data before training: weights and caps counted, groups kept together, conflicts, margins and ratings by hand."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from minirlhf import prepare
-from minirlhf.errors import DataError
+from minirlhf.errors import DataError, UsageError
 from minirlhf.formats import read_records
-from minirlhf.prepare import conflicts, elo, games, mix, pairs, split
+from minirlhf.prepare import conflicts, elo, games, mix, pairs, split, weighted
 
 
 def rows(n, **more):
@@ -50,6 +54,11 @@ def test_a_cap_counts_files_or_values_of_a_field():
     assert len(by_task) == 4 + 3 + 4 + 4  # what has no task is counted by its file
 
 
+def test_values_are_equal_whatever_the_order_of_their_keys():
+    content = [{"deep": {"a": 1, "b": 2}}, {"deep": {"b": 2, "a": 1}}, {"deep": {"a": 1, "b": 3}}]
+    assert len(mix([(content, 1)], by="deep", cap=1, seed=0)) == 2
+
+
 def test_the_seed_decides_the_order_and_nothing_is_lost():
     sources = [(rows(20, deep={"kept": [1]}), 1)]
     first = mix(sources, by="", cap=0, seed=0)
@@ -83,6 +92,10 @@ def test_conflicts_are_pairs_that_were_judged_both_ways(tmp_path):
     lists = [("p", ["a", "b", "c"], [1, 2, 3]), ("p", ["a", "b"], [2, 1]), ("p", ["b", "a"], [1, 2]),
              ("q", ["a", "b"], [2, 1]), ("p", ["c", "a", "d"], [1, 1, 2])]  # fmt: skip
     assert conflicts(games(ranked(tmp_path, *lists))) == [{"prompt": "p", "responses": ["a", "b"], "wins": [1, 2]}]
+
+
+def test_an_answer_is_in_no_conflict_with_itself():
+    assert conflicts([("p", "a", "a"), ("p", "a", "b")]) == []
 
 
 def test_margins_by_hand():
@@ -123,12 +136,151 @@ def test_commands(run):
     assert run({}, "conflicts", "p.jsonl") == (0, [], "0 conflicts in 3 pairs\n")
 
 
+def test_what_is_left_out_has_its_default(run):
+    """Seed 0, a share of 0.1, a margin of 0."""
+    users = rows(100)
+    assert run({"a.jsonl": users}, "mix", "a.jsonl")[1] == mix([(users, 1)], by="", cap=0, seed=0)
+    assert run({}, "mix", "a.jsonl", "--seed", 3)[1] == mix([(users, 1)], by="", cap=0, seed=3)
+    run({}, "split", "a.jsonl", "--by", "prompt", "--train", "t", "--held_out", "h")
+    held_out = [json.loads(line) for line in Path("h").read_text().splitlines()]
+    assert held_out == split(users, by="prompt", share=0.1, seed=0)[1]
+    close = [{"prompt": "p", "response": r, "score": s} for r, s in (("a", 0.0), ("b", 0.0), ("c", 0.5))]
+    assert run({"s.jsonl": close}, "pairs", "s.jsonl")[2] == "2 pairs\n"
+
+
+def test_a_field_that_some_rows_lack_and_a_single_pair(run):
+    both = rows(3, task="x") + rows(2)
+    assert run({"a.jsonl": both}, "mix", "a.jsonl", "--by", "task", "--cap", 1)[2] == "2 of 5 rows\n"
+    assert run({"p.jsonl": [{"prompt": "p", "chosen": "a", "rejected": "b"}]}, "elo", "p.jsonl")[1] == [
+        {"prompt": "p", "response": "a", "elo": 1016.0},
+        {"prompt": "p", "response": "b", "elo": 984.0},
+    ]
+
+
+def test_letters_are_written_as_they_are(tmp_path, capsys):
+    (tmp_path / "a").write_text('{"text": "é早"}\n', encoding="utf-8")
+    out = [str(tmp_path / name) for name in ("t", "h")]
+    prepare.main(["mix", str(tmp_path / "a")])
+    assert capsys.readouterr().out == '{"text": "é早"}\n'
+    prepare.main(["split", str(tmp_path / "a"), "--by", "text", "--train", out[0], "--held_out", out[1]])
+    assert b"".join(Path(path).read_bytes() for path in out) == '{"text": "é早"}\n'.encode()
+
+
+def test_a_reader_that_has_left_is_no_mistake(run, monkeypatch, tmp_path):
+    """Whatever is written later goes nowhere."""
+    with open(tmp_path / "gone", "wb") as file:
+
+        class Gone(io.StringIO):
+            def flush(self):
+                raise BrokenPipeError
+
+            def fileno(self):
+                return file.fileno()
+
+        (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+        monkeypatch.setattr(sys, "stdout", Gone())
+        assert prepare.main(["mix", "a.jsonl"]) == 0
+        monkeypatch.undo()
+        os.write(file.fileno(), b"late")
+    assert (tmp_path / "gone").read_bytes() == b""
+
+
+def test_the_module_is_a_command_through_the_script(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("[1, 2\n")
+    call = [sys.executable, "-m", "minirlhf.prepare", "mix", str(path)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("error: ")
+
+
+SPLIT = ["split", "a.jsonl", "--by", "prompt", "--train", "t", "--held_out", "h"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "required: command"),
+        (["mix", "a.jsonl", "--see", "1"], "--see"),
+        (["conflicts", "a.jsonl", "--seed", "1"], "--seed"),
+        (["mix", "a.jsonl", "--seed", "x"], "invalid int"),
+        (["mix", "a.jsonl", "--cap", "1.5"], "invalid int"),
+        (["mix", "a.jsonl", "--cap", "-1"], "--cap -1 is out of range"),
+        (["mix", "a.jsonl", "--cap", str(2**31 + 1)], "out of range"),
+        ([*SPLIT, "--share", "1.5"], "--share 1.5 is out of range"),
+        ([*SPLIT, "--share", "-0.5"], "out of range"),
+        ([*SPLIT, "--share", "nan"], "out of range"),
+        (["pairs", "a.jsonl", "--margin", "1.5e30"], "out of range"),
+        (["pairs", "a.jsonl", "--margin", "-0.5"], "out of range"),
+        (SPLIT[:2] + SPLIT[4:], "required: --by"),
+        (SPLIT[:4] + SPLIT[6:], "required: --train"),
+        (SPLIT[:6], "required: --held_out"),
+        (["--hel"], "required: command"),  # no option is abbreviated
+    ],
+)
+def test_a_command_line_that_is_none(run, capsys, argv, words):
+    with pytest.raises(SystemExit) as end:
+        run({"a.jsonl": rows(2)}, *argv)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith("usage: python -m minirlhf.prepare ")
+
+
+def test_limits_themselves_are_in_range(run):
+    for share in ("0", "1"):
+        assert run({"a.jsonl": rows(2)}, *SPLIT, "--share", share)[0] == 0
+    assert run({}, "mix", "a.jsonl", "--cap", 2**31)[0] == 0
+    scored = [{"prompt": "p", "response": r, "score": s} for r, s in (("a", 0.0), ("b", 2e30))]
+    assert run({"s.jsonl": scored}, "pairs", "s.jsonl", "--margin", "1e30")[2] == "1 pairs\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", ["mix files together, FILE:WEIGHT", "split training and held-out rows", "conflicts pairs that were",
+              "pairs pairs of scored answers", "elo ratings of ranked answers"]),
+        ("mix", ["FILE [FILE ...] files together, FILE:WEIGHT", "--seed SEED of what is drawn",
+                 "--by FIELD what --cap counts by", "--cap CAP rows of one value"]),
+        ("split", ["FILE training and held-out rows", "--by FIELD rows with one value", "--share SHARE of the groups",
+                   "--train OUT file to write", "--held_out OUT file to write", "--seed SEED of what"]),
+        ("conflicts", ["FILE pairs that were judged both ways"]),
+        ("pairs", ["FILE pairs of scored answers", "--margin MARGIN scores must differ"]),
+        ("elo", ["FILE ratings of ranked answers"]),
+    ],
+)  # fmt: skip
+def test_help_says_what_everything_is(capsys, monkeypatch, command, words):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        prepare.main([*([command] if command else []), "--help"])
+    assert end.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for one in words:
+        assert one in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("a.jsonl", ("a.jsonl", 1.0)),
+        ("a.jsonl:0.5", ("a.jsonl", 0.5)),
+        ("c:a.jsonl", ("c:a.jsonl", 1.0)),
+        ("a:1000", ("a", 1000.0)),
+    ],
+)
+def test_weights_of_files(argument, expected):
+    assert weighted(argument) == expected
+    with pytest.raises(UsageError, match="at most 1000"):
+        weighted("a:1000.5")
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
         (["mix", "nowhere.jsonl"], 3, "nowhere.jsonl: No such file"),
         (["mix", "a.jsonl:0"], 2, "above 0"),
         (["mix", "bad.jsonl"], 3, "bad.jsonl:1: "),
+        (["mix", "a.jsonl", "empty.jsonl"], 3, "empty.jsonl: holds no row"),
         (["split", "a.jsonl", "--by", "user", "--train", "t", "--held_out", "h"], 3, "row 1: has no field 'user'"),
         (["split", "a.jsonl", "--by", "prompt", "--train", "no/t", "--held_out", "h"], 2, "no/t: No such file"),
         (["mix", "a.jsonl", "--by", "tsak"], 3, "no row of a.jsonl has a field 'tsak'"),
@@ -139,6 +291,7 @@ def test_commands(run):
 )
 def test_mistakes_are_one_line(run, argv, code, words, tmp_path):
     (tmp_path / "bad.jsonl").write_text("[1, 2\n")
+    (tmp_path / "empty.jsonl").write_text("")
     twice = [{"prompt": "p", "response": "a", "score": s} for s in (1, 5)]
     (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twice))
     got, out, err = run({"a.jsonl": rows(2)}, *argv)

@@ -141,7 +141,7 @@ def test_scores_of_a_ranking_that_cannot_be_used_are_counted(tmp_path, scores):
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
-def test_direct_scores_from_labels(stages, tmp_path):
+def test_direct_scores_from_labels_through_the_script(stages, tmp_path):
     """Labels in, a reward model that tells good from bad out; normalized where asked, and PPO reads it so."""
     rows = [{"prompt": PROMPT, "response": text, "label": label} for text, label in ((GOOD, 1.0), (BAD, 0.0))] * 60
     data = write(tmp_path / "labels.jsonl", rows)
@@ -172,7 +172,7 @@ def test_direct_scores_from_labels(stages, tmp_path):
         reward_of(str(final))
 
 
-def test_margins_change_what_is_learnt(stages, tmp_path):
+def test_margins_change_what_is_learnt_through_the_script(stages, tmp_path):
     data = write(tmp_path / "m.jsonl", [{"prompt": PROMPT, "chosen": GOOD, "rejected": BAD, "margin": 2.0}] * 24)
     model = ["--model.path", stages / "runs/sft/final", "--data.path", data]
     first = {}
@@ -203,7 +203,7 @@ def test_margins_change_what_is_learnt(stages, tmp_path):
         (None, ["--rm.margin", "1"], "--data.path FILE"),
     ],
 )
-def test_what_cannot_work_is_said(stages, tmp_path, rows, argv, words):
+def test_what_cannot_work_is_said_through_the_script(stages, tmp_path, rows, argv, words):
     data = ["--data.path", write(tmp_path / "x.jsonl", rows)] if rows else []
     code = 3 if rows and "softmax" not in argv else 2
     said = script("rm", *SHORT, "--model.path", stages / "runs/sft/final", *data, *argv, cwd=tmp_path, code=code)

@@ -76,7 +76,7 @@ def beam_search(  # noqa: PLR0913  (the names are transformers')
         best = kept(best, longer, value / (t + 1) ** length_penalty, counts, t)
         scores, chosen = torch.where(ended, value + WORST, value).topk(n)  # (B, n)
         tokens = longer.gather(1, chosen[:, :, None].expand(-1, -1, R))
-        hopeful = scores[:, 0] / (t + 1) ** length_penalty > best.scores.amin(1)  # (B,)
+        hopeful &= scores[:, 0] / (t + 1) ** length_penalty > best.scores.amin(1)  # (B,) what is done stays done
         if t + 1 == R or not hopeful.any():
             break
         source = (torch.arange(B, device=device)[:, None] * n + beam.gather(1, chosen)).flatten()  # (B·n,)

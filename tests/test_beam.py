@@ -234,7 +234,6 @@ def test_filters_of_beams(ends):
         check_beams(chain(seed, 9), prompts, n, 5, ends, alpha, without, suppress_tokens=(3, 5))
 
 
-@pytest.mark.xfail(strict=True, reason="hopeful is found anew at each step: a row that is done begins again")
 def test_a_done_row_does_not_wait_for_its_neighbour():
     """After 1: end 0.6, 3 0.4; done, since log 0.6 > log 0.4. 3 3 0 would score log √³0.376, but nobody looks there."""
     none = [0.25] * 4

@@ -6,7 +6,6 @@ import pytest
 import torch
 from tolerance import assert_close, exact, fp32, fp64
 
-from minirlhf.errors import NonFiniteError
 from minirlhf.families import FAMILIES
 from minirlhf.heads import RewardModel, SharedValueModel, ValueModel, last_true
 from minirlhf.model import Cache, CausalLM, ModelConfig
@@ -186,18 +185,19 @@ def test_scores_around_zero_are_normalized():
 
 
 @pytest.mark.parametrize("mean", [0.0, 2.0, -2.0])
-def test_equal_scores_are_refused(mean):
-    with pytest.raises(NonFiniteError, match="are all"):
-        reward().normalize(torch.full((4,), mean))
+def test_equal_scores_are_moved_alone(mean):
+    model = reward()
+    model.normalize(torch.full((4,), mean))
+    assert (model.gain, model.bias) == (1.0, -mean)
 
 
 @pytest.mark.parametrize("mean", [1.0, -1.0, 1e-9])
 def test_scores_are_equal_within_a_millionth_of_their_mean(mean):
-    model, signs = reward(), torch.tensor([-1.0, 1.0], dtype=torch.float64)
-    with pytest.raises(NonFiniteError, match="are all"):
-        model.normalize(mean * (1 + 0.9e-6 * signs))
-    model.normalize(mean * (1 + 1.5e-6 * signs))
-    assert model.gain == pytest.approx(1 / 1.5e-6 / abs(mean), rel=1e-6)
+    signs = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    for off, gain in ((0.9e-6, 1.0), (1.5e-6, 1 / 1.5e-6 / abs(mean))):
+        model = reward()
+        model.normalize(mean * (1 + off * signs))
+        assert model.gain == pytest.approx(gain, rel=1e-6)
 
 
 # ---- a value head on the policy's own trunk -------------------------------------------------------------------------

@@ -301,6 +301,14 @@ def test_mistakes_are_one_line(run, argv, code, words, tmp_path):
     assert err.count("\n") == 1
 
 
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="records[0] of a file whose rows prefer nothing")
+@pytest.mark.parametrize("command", ["conflicts", "elo"])
+def test_labels_that_prefer_nothing_are_one_line(run, command):
+    tied = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1], "annotator": "me"}
+    code, out, err = run({"tied.jsonl": [tied]}, command, "tied.jsonl")
+    assert (code, out, err) == (3, [], "error: tied.jsonl: holds no preferences\n")
+
+
 def test_one_file_cannot_take_both_halves(run):
     with pytest.raises(SystemExit):
         run({"a.jsonl": rows(2)}, "split", "a.jsonl", "--by", "prompt", "--train", "o", "--held_out", "./o")

@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], str]:
         made = pairs(rows_of(args.files), margin=args.margin)
         return made, f"{len(made)} pairs"
     records, _ = read_records(args.files)
-    if not hasattr(records[0], "ranks"):
+    if not records or not hasattr(records[0], "ranks"):
         raise DataError(f"{args.files}: holds no preferences")
     played = list(games(records))
     found = conflicts(played) if args.command == "conflicts" else elo(played)

@@ -301,7 +301,6 @@ def test_mistakes_are_one_line(run, argv, code, words, tmp_path):
     assert err.count("\n") == 1
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="records[0] of a file whose rows prefer nothing")
 @pytest.mark.parametrize("command", ["conflicts", "elo"])
 def test_labels_that_prefer_nothing_are_one_line(run, command):
     tied = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1], "annotator": "me"}

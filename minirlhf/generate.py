@@ -20,6 +20,7 @@ from minirlhf.rng import generator
 
 Seen = tuple[Tensor, Tensor, Tensor]  # of b rows: prompt (b, P), its mask (b, P), answer so far (b, t)
 NEVER = float("-inf")
+COLDEST = 1e-6  # temperature; logits divided by far less are no numbers in fp32
 WORTH_PREPARING = 16  # new tokens from which on a second layout of the weights pays
 
 
@@ -54,7 +55,6 @@ class Sampling:
         return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
 
 
-@torch.no_grad()
 def generate(  # noqa: PLR0913  (the contract's signature; the names are transformers')
     model: CausalLM,
     input_ids: Tensor,  # (B, P) left-padded prompts
@@ -157,7 +157,7 @@ def _decode(
         tokens[rows, t], taken[rows, t] = token, True
         if logprob is None or z is not logits:
             logprob = token_logprobs(logits, token, temperature=sampling.temperature)
-        logprobs[rows, t] = logprob.to(logprobs.dtype)
+        logprobs[rows, t] = logprob
         open_ = (token[:, None] != ends).all(-1)  # (b,)
         if stop:
             over = [stop(answer) for answer in tokens[rows, : t + 1].tolist()]
@@ -279,9 +279,10 @@ def check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling) 
     """Refuse what `generate` cannot answer."""
     assert input_ids.ndim == 2, input_ids.shape
     assert mask.shape == input_ids.shape, (mask.shape, input_ids.shape)
-    if sampling.max_new_tokens < 1 or sampling.temperature <= 0:
+    if sampling.max_new_tokens < 1 or sampling.temperature < COLDEST:
         raise ValueError(
-            f"max_new_tokens {sampling.max_new_tokens} and temperature {sampling.temperature} must be positive"
+            f"max_new_tokens {sampling.max_new_tokens} must be positive and temperature {sampling.temperature} at least "
+            f"{COLDEST:g}"
         )
     if not mask.numel() or not mask[:, -1].all() or (mask[:, :-1] > mask[:, 1:]).any():
         raise ValueError("generate: prompts must be left-padded and not empty")

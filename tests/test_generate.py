@@ -569,7 +569,9 @@ def test_a_prompt_too_long_for_the_positions_is_refused():
     generate(lm("llama", max_seq_len=8), torch.full((1, 5), 5), max_new_tokens=9, **settings)  # there is no table
 
 
-@pytest.mark.parametrize("setting", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"temperature": -1.0}])
+@pytest.mark.parametrize(
+    "setting", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": 9e-7}]
+)
 def test_limits_that_make_no_sense_are_refused(setting):
     with pytest.raises(ValueError, match="must be positive"):
         run(lm(), [[5]], **setting)

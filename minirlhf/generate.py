@@ -281,8 +281,8 @@ def check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling) 
     assert mask.shape == input_ids.shape, (mask.shape, input_ids.shape)
     if sampling.max_new_tokens < 1 or sampling.temperature < COLDEST:
         raise ValueError(
-            f"max_new_tokens {sampling.max_new_tokens} must be positive and temperature {sampling.temperature} at least "
-            f"{COLDEST:g}"
+            f"max_new_tokens {sampling.max_new_tokens} must be positive, and temperature {sampling.temperature} at "
+            f"least {COLDEST:g}"
         )
     if not mask.numel() or not mask[:, -1].all() or (mask[:, :-1] > mask[:, 1:]).any():
         raise ValueError("generate: prompts must be left-padded and not empty")

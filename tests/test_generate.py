@@ -573,6 +573,7 @@ def test_a_prompt_too_long_for_the_positions_is_refused():
     "setting", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": 9e-7}]
 )
 def test_limits_that_make_no_sense_are_refused(setting):
+    run(lm(), [[5]], max_new_tokens=1, temperature=1e-6)
     with pytest.raises(ValueError, match="must be positive"):
         run(lm(), [[5]], **setting)
 

@@ -126,7 +126,7 @@ def pack(examples: Sequence[Example], room: int) -> list[Example]:
         if row is None:
             rows.append(row := [])
         row.append(example)
-    return [_joined(row) for row in rows]
+    return [_joined(row) if len(row) > 1 else row[0] for row in rows]
 
 
 def _joined(row: Sequence[Example]) -> Example:

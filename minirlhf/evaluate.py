@@ -61,6 +61,7 @@ def answer_logprobs(model: CausalLM, examples: Sequence[Example], size: int, dev
 # ---- reward model ---------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def score_rows(model: RewardModel, sequences: Sequence[Sequence[int]], size: int, device: str) -> Tensor:  # (N,)
     """`score_sequences`, each rank its sequences."""
     own = dist.mine(sequences)

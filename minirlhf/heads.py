@@ -45,7 +45,7 @@ class RewardModel(ScalarModel):
 
     def normalize(self, scores: Tensor) -> None:  # (N,) of answers of the policy that PPO will start from
         """From now on scores like these have mean 0 and deviation 1 (Ziegler et al. 2019, arXiv 1909.08593, section
-        2.1); where they are all equal, mean 0."""
+        2); where they are all equal, mean 0."""
         mean, std = float(scores.double().mean()), float(scores.double().std(correction=0))
         std = std if std > 1e-6 * abs(mean) else 1.0
         self.gain, self.bias = self.gain / std, (self.bias - mean) / std

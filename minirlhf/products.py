@@ -29,16 +29,20 @@ def linear(
 ) -> Tensor:  # (..., m)
     """F.linear: x Wᵀ + b. The weight may be a packed one, and then decides the dtype."""
     if weight.is_mkldnn:
-        return activated(x, weight, bias, "")
+        return activated(x, weight, bias)
     if not _pays(x, weight, SMALLEST if smallest is None else smallest):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
 
 
-def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:  # (..., n) → (..., m)
-    """The activation of x Wᵀ + b in one call, for a packed weight."""
-    x, bias = x.to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *ACTIVATIONS[activation])
+def activated(
+    x: Tensor,  # (..., n)
+    weight: Tensor,  # (m, n) packed
+    bias: Tensor | None,  # (m,)
+    activation: str = "",  # of ACTIVATIONS
+) -> Tensor:  # (..., m)
+    """The activation of x Wᵀ + b in one call, in the dtype of the packed weight."""
+    return _onednn(x.to(weight.dtype), weight, bias if bias is None else bias.to(weight.dtype), activation)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at least fp32
@@ -73,9 +77,9 @@ def _pays(x: Tensor, weight: Tensor, smallest: int) -> bool:
     )
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (..., n), (m, n), (m,) → (..., m)
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:  # as in `activated`
     """What torch.compile makes of F.linear."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *ACTIVATIONS[activation])
 
 
 class _Linear(torch.autograd.Function):

@@ -320,13 +320,14 @@ def own_answers(config: Any, loaded: Loaded, records: Sequence[Any]) -> list[lis
     prompts = list(dict.fromkeys(record.prompt for record in records))
     if not any(loaded.template.prompt_ids(loaded.tokenizer, prompt) for prompt in prompts):
         raise DataError(f"{data.path}: its records have no prompts, which rm.normalize answers; leave it out")
-    drawn = torch.randperm(len(prompts), generator=generator(seed, "own/prompts")).tolist()[:OWN]
-    _, encoded, _ = encode_prompts([prompts[i] for i in drawn], loaded.tokenizer, loaded.template, room)
+    some = torch.randperm(len(prompts), generator=generator(seed, "own/prompts")).tolist()[:OWN]
+    _, encoded, _ = encode_prompts([prompts[i] for i in some], loaded.tokenizer, loaded.template, room)
     asked = [encoded[r % len(encoded)] for r in range(OWN)]
     ids, mask = left_padded(asked, how["pad_token_id"], config.run.device)
     loaded.model.to(config.run.device)
     made = sample_rows(loaded.model, ids, mask, rng=[generator(seed, "own", 0, r) for r in range(OWN)], **how)
-    answers = [[*prompt, *ids[real].tolist()] for prompt, ids, real in zip(asked, made.tokens, made.mask, strict=True)]
+    drawn = [tokens[real].tolist() for tokens, real in zip(made.tokens, made.mask, strict=True)]
+    answers = [prompt + answer for prompt, answer in zip(asked, drawn, strict=True)]
     if len(set(map(tuple, answers))) == 1:
         raise DataError("rm.normalize: the model always says the same; raise sample.temperature, or leave it out")
     return answers

@@ -42,7 +42,8 @@ def test_rows_by_hand():
     heavy = Example([5], [True], 2.0)
     found = pack([a, b, c, d, heavy], 8)
     assert [one.ids for one in found] == [[2] * 5 + [1] * 3, [4] * 4 + [3] * 2, [5]]
-    assert [one.lengths for one in found] == [(5, 3), (4, 2), (1,)]
+    assert [one.lengths for one in found] == [(5, 3), (4, 2), ()]
+    assert found[2] == heavy
     assert [one.weight for one in found] == [1.0, 1.0, 2.0]
     assert found[0].trained == [False, True, True, True, True, False, True, True]
     batch = collate(found, 0)

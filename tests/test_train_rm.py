@@ -12,6 +12,7 @@ from tolerance import assert_close, fp32, fp64
 from minirlhf.config import RMSection
 from minirlhf.data import RankedList, side_by_side
 from minirlhf.errors import CheckpointError
+from minirlhf.evaluate import score_rows
 from minirlhf.formats import read_records
 from minirlhf.heads import RewardModel
 from minirlhf.model import ModelConfig
@@ -84,6 +85,7 @@ def test_normalized_scores():
     ids = torch.randint(11, (40, 8), generator=torch.Generator().manual_seed(1))
     before = model(ids).detach()
     weights = {name: p.clone() for name, p in model.state_dict().items()}
+    assert not score_rows(model, ids.tolist(), 8, "cpu").requires_grad  # which no memory would be free for
     model.normalize(before)
     after = model(ids).detach()
     assert_close(after.mean(), 0.0, {"rtol": 0, "atol": 1e-6})

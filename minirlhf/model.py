@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES, SWITCHES
-from minirlhf.products import activated, linear
+from minirlhf.products import Ready, linear
 
 DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
 SIZES: tuple[str, ...] = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
@@ -142,14 +142,13 @@ def rope_frequencies(config: ModelConfig, like: Tensor) -> Tensor:  # (⌈rope_d
 
 def rotate(
     x: Tensor,  # (B, H, T, D)
-    cos_sin: tuple[Tensor, Tensor],  # each (B, 1, T, d), at least fp32
+    cos_sin: tuple[Tensor, Tensor],  # each (B, 1, T, d), at least fp32; (cos, cos) and (-sin, sin) of the d/2 angles
 ) -> Tensor:  # (B, H, T, D)
     """Rotates the first d dimensions, dimension i paired with i + d/2 (the half convention of LLaMA and GPT-NeoX)."""
     cos, sin = cos_sin
     d = cos.shape[-1]
     wide = x[..., :d].to(cos.dtype)
-    a, b = wide.chunk(2, -1)
-    turned = (wide * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    turned = torch.addcmul(wide * cos, wide.roll(d // 2, -1), sin).to(x.dtype)
     return turned if d == x.shape[-1] else torch.cat([turned, x[..., d:]], -1)
 
 
@@ -195,14 +194,14 @@ class Cache:
 class Linear(nn.Linear):
     """nn.Linear that draws nothing: `initialize` draws every weight from one explicit generator."""
 
-    ready: Tensor | None = None  # while `generate` runs: the weight once more, prepared for many products
+    ready: Ready | None = None  # while `generate` runs
 
     def reset_parameters(self) -> None:
         """Leaves the memory as it is."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., n_in) → (..., n_out)
         """x Wᵀ + b."""
-        return linear(x, self.weight if self.ready is None else self.ready, self.bias)
+        return linear(x, self.weight, self.bias) if self.ready is None else self.ready(x)
 
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
@@ -221,7 +220,10 @@ class Head(Linear):
 
         A logit does not depend on how many others there are, which would choose the library: see `prune_vocab`.
         """
-        weight = self.weight if self.ready is None else self.ready
+        return self.logits(x, self.weight) if self.ready is None else self.ready(x)
+
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:  # (..., C), (n_out, C) → (..., n_out)
+        """x Wᵀ, at least fp32."""
         smallest = 1 if self.out_features > 1 else None
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         with no_autocast(x.device.type):
@@ -246,25 +248,27 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., size) → same shape and dtype
         """Weights of a wider dtype than x widen the computation, not the result."""
-        if x.dtype == torch.bfloat16 or x.dtype != self.weight.dtype:
-            wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
-            bias = None if self.bias is None else self.bias.to(wide)
-            return self._norm(x.to(wide), self.weight.to(wide), bias).to(x.dtype)
-        return self._norm(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if x.dtype == torch.bfloat16 or x.dtype != weight.dtype:
+            wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+            return self._norm(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+        return self._norm(x, weight, bias)
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None:
             return F.rms_norm(x, self.size, weight, self.eps)
-        return F.layer_norm(x, self.size, weight, bias, self.eps)
+        return torch.layer_norm(x, self.size, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, arXiv 1706.03762), keys in groups (Ainslie 2023, arXiv 2305.13245)."""
 
+    ready: Ready | None = None  # while `generate` runs: q, k and v side by side
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.d_model
-        self.n_head, self.head_dim, self.layout, self.dropout = H, D, config.qkv, config.attn_dropout
+        self.shares, self.head_dim, self.layout, self.dropout = (H, K, K), D, config.qkv, config.attn_dropout
         self.grouped = K != H
         if config.qkv == "split":
             self.q = Linear(C, H * D, bias=config.qkv_bias)
@@ -276,15 +280,16 @@ class Attention(nn.Module):
         self.k_norm = Norm("rms", D, config.norm_eps) if config.qk_norm else None
         self.out = Linear(H * D, C, bias=config.out_bias)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, C) → (B, T, H, D), (B, T, H_kv, D) twice
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:  # (B, T, C) → (B, H, T, D), (B, H_kv, T, D) twice
         """Queries, keys and values; the packed matrix keeps the row order of the family's files."""
         B, T, _ = x.shape
         D = self.head_dim
-        if self.layout == "split":
-            return self.q(x).view(B, T, -1, D), self.k(x).view(B, T, -1, D), self.v(x).view(B, T, -1, D)
-        if self.layout == "blocks":
-            return self.qkv(x).view(B, T, 3, -1, D).unbind(2)
-        return self.qkv(x).view(B, T, -1, 3, D).unbind(3)
+        if self.layout == "heads":
+            return self.qkv(x).view(B, T, -1, 3, D).permute(3, 0, 2, 1, 4).unbind(0)
+        if self.layout == "split" and self.ready is None:
+            return tuple(layer(x).view(B, T, -1, D).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        qkv = self.qkv(x) if self.ready is None else self.ready(x)
+        return qkv.view(B, T, -1, D).transpose(1, 2).split_with_sizes(self.shares, 1)
 
     def forward(
         self,
@@ -295,7 +300,7 @@ class Attention(nn.Module):
         layer: int,
     ) -> Tensor:  # (B, T, C)
         """softmax(q kᵀ / √D + bias) v, over the cached tokens and the new ones."""
-        q, k, v = (t.transpose(1, 2) for t in self.heads(x))  # (B, H, T, D)
+        q, k, v = self.heads(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -324,6 +329,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(up x)), or down(act(gate x) · up x) with a gate (Shazeer 2020, arXiv 2002.05202)."""
 
+    ready: Ready | None = None  # while `generate` runs: `active`
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
@@ -333,16 +340,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) → (B, T, C)
         """One hidden layer."""
-        if self.gate is not None:
-            return self.down(self.active(self.gate, x) * self.up(x))
-        return self.down(self.active(self.up, x))
+        if self.gate is None:
+            return self.down(self.active(self.up, x))
+        return self.down(self.active(self.gate, x) * self.up(x))
 
-    def active(self, layer: Linear, x: Tensor) -> Tensor:  # (B, T, C) → (B, T, d_inner)
-        """act(layer(x)): one call where the weight is packed and no hook, such as an adapter's, comes between."""
-        ready = getattr(layer, "ready", None)  # none where somebody put another kind of layer
-        if ready is not None and ready.is_mkldnn and not (layer._forward_hooks or layer._forward_pre_hooks):
-            return activated(x, ready, layer.bias, self.activation)
-        return self.act(layer(x))
+    def active(self, layer: nn.Module, x: Tensor) -> Tensor:  # (B, T, C) → (B, T, d_inner)
+        """act(layer(x))."""
+        return self.act(layer(x)) if self.ready is None else self.ready(x)
 
     def act(self, x: Tensor) -> Tensor:  # same shape
         """The family's nonlinearity."""
@@ -385,7 +389,7 @@ class View(NamedTuple):
     """What all layers share in one forward pass."""
 
     positions: Tensor  # (B or 1, T) of the new tokens, 0 and up
-    masks: dict[int | None, Tensor | None]  # per sliding window, see Attention
+    masks: list[Tensor | None]  # of every layer, see Attention
     rope: tuple[Tensor, Tensor] | None
 
 
@@ -426,12 +430,12 @@ class Trunk(nn.Module):
             x = self.embed_norm(x)
         if self.config.embed_dropout:
             x = F.dropout(x, self.config.embed_dropout, self.training)
-        for i, block in enumerate(self.blocks):
-            args = (x, view.masks[self.config.window(i)], view.rope, cache, i)
-            if self.checkpoint and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(block, *args, use_reentrant=False)
+        recompute = self.checkpoint and torch.is_grad_enabled() and cache is None
+        for i, (block, mask) in enumerate(zip(self.blocks, view.masks, strict=True)):
+            if recompute:
+                x = checkpoint(block, x, mask, view.rope, cache, i, use_reentrant=False)
             else:
-                x = block(*args)
+                x = block(x, mask, view.rope, cache, i)
         if cache is not None:
             cache.length += T
         return self.final_norm(x)
@@ -457,10 +461,11 @@ class Trunk(nn.Module):
         rope = None
         if config.position == "rotary":
             angle = positions[:, None, :, None] * rope_frequencies(config, x.new_empty(0, dtype=wide))  # (B, 1, T, d/2)
-            angle = torch.cat([angle, angle], -1)
-            rope = angle.cos(), angle.sin()
-        windows = {config.window(i) for i in range(config.n_layer)}
-        return View(positions, {w: visible(mask, keys, T, w, bias, texts) for w in windows}, rope)
+            cos, sin = angle.cos(), angle.sin()
+            rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        windows = [config.window(i) for i in range(config.n_layer)]
+        masks = {w: visible(mask, keys, T, w, bias, texts) for w in set(windows)}
+        return View(positions, [masks[w] for w in windows], rope)
 
 
 def visible(
@@ -476,8 +481,8 @@ def visible(
     S = keys.shape[1]
     if window is not None and window >= S:
         window = None
-    if mask is None and window is None and bias is None and texts is None and T in (1, S):
-        return None
+    if mask is None and window is None and texts is None and (T == 1 or (T == S and bias is None)):
+        return bias
     if T == 1:
         seen = keys.new_ones((1, S), dtype=torch.bool) if mask is None else F.pad(mask[:, :-1], (0, 1), value=True)
         seen = seen[:, None, None]  # (B, 1, 1, S)

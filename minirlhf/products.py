@@ -5,12 +5,15 @@ or less. Both sum in fp32 and differ in the order of the sums. `torch.backends.m
 off; small products, other dtypes and other devices are torch's own anyway.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+Ready = Callable[[Tensor], Tensor]  # x (..., n) → (..., m), a layer prepared for many calls
 
 SMALLEST = 2**20  # multiplications; below, the call costs more than it saves
 PACKED = (torch.float32, torch.bfloat16)
@@ -27,22 +30,10 @@ def linear(
     *,
     smallest: int | None = None,  # multiplications that oneDNN is worth; None: SMALLEST
 ) -> Tensor:  # (..., m)
-    """F.linear: x Wᵀ + b. The weight may be a packed one, and then decides the dtype."""
-    if weight.is_mkldnn:
-        return activated(x, weight, bias)
+    """F.linear: x Wᵀ + b."""
     if not _pays(x, weight, SMALLEST if smallest is None else smallest):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
-
-
-def activated(
-    x: Tensor,  # (..., n)
-    weight: Tensor,  # (m, n) packed
-    bias: Tensor | None,  # (m,)
-    activation: str = "",  # of ACTIVATIONS
-) -> Tensor:  # (..., m)
-    """The activation of x Wᵀ + b in one call, in the dtype of the packed weight."""
-    return _onednn(x.to(weight.dtype), weight, bias if bias is None else bias.to(weight.dtype), activation)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at least fp32
@@ -52,15 +43,24 @@ def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at lea
     return _onednn(a, b.T, None) if _pays(a, b.T, SMALLEST) else torch.mm(a, b)
 
 
-def pack(weight: Tensor, dtype: torch.dtype, rows: int) -> Tensor | None:  # (m, n)
-    """A copy in oneDNN's own layout, for many products with about so many rows and without gradients.
+def packed(
+    weight: Tensor,  # (m, n)
+    bias: Tensor | None,  # (m,)
+    dtype: torch.dtype,
+    rows: int,
+    activation: str = "",  # of ACTIVATIONS
+) -> Ready | None:
+    """The activation of x Wᵀ + b in one call, in this dtype, with a copy of the weight in oneDNN's own layout: for many
+    products with about so many rows and without gradients.
 
     Otherwise each product brings the weight into that layout anew. The bits of the result are the same. None: does not
     pay here.
     """
     if weight.device.type != "cpu" or dtype not in PACKED or rows * weight.numel() < SMALLEST or not _enabled():
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), rows)
+    w = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), rows)
+    b = None if bias is None else bias.detach().to(dtype)
+    return lambda x: _onednn(x if x.dtype == dtype else x.to(dtype), w, b, activation)
 
 
 def _enabled() -> bool:
@@ -77,7 +77,7 @@ def _pays(x: Tensor, weight: Tensor, smallest: int) -> bool:
     )
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:  # as in `activated`
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:  # as in `packed`
     """What torch.compile makes of F.linear."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *ACTIVATIONS[activation])
 

@@ -711,8 +711,9 @@ def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
             ready = [m.ready for m in model.modules() if isinstance(m, Linear) and m.ready is not None]
             if dtype == torch.bfloat16:
                 assert ready[0] is model.head.ready
-                assert_close(ready[0], model.head.weight.float(), exact)
-                assert ready[0].dtype == torch.float32
+                wide = ready[0].keywords["weight"]
+                assert_close(wide, model.head.weight.float(), exact)
+                assert wide.dtype == torch.float32
             assert len(ready) == (dtype == torch.bfloat16)
 
 
@@ -739,13 +740,14 @@ def test_prepared_weights_are_the_plain_ones(monkeypatch, family, dtype, autocas
     for steps in (1, 10**9):
         monkeypatch.setattr(generate_module, "WORTH_PREPARING", steps)
         monkeypatch.setattr(products, "SMALLEST", 1 if steps == 1 else 10**12)
-        real = generate_module.pack
-        monkeypatch.setattr(generate_module, "pack", lambda *a, real=real: (packed.append(a), real(*a))[1])
+        real = generate_module.packed
+        monkeypatch.setattr(generate_module, "packed", lambda *a, real=real: (packed.append(a), real(*a))[1])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             results.append(generate(model, ids, max_new_tokens=20, eos_token_id=0, pad_token_id=0,
                                     rng=torch.Generator().manual_seed(2)))  # fmt: skip
         monkeypatch.undo()
-    assert len(packed) == sum(isinstance(m, Linear) for m in model.modules())
+    split = config.qkv == "split"  # q, k and v become one product
+    assert len(packed) == sum(isinstance(m, Linear) for m in model.modules()) - 2 * config.n_layer * split
     assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
     fast, plain = results
     if dtype == torch.float32 and not autocast:
@@ -776,23 +778,31 @@ def test_prepared_weights_under_an_adapter(monkeypatch, family):
     assert not torch.equal(base, model(torch.cat([ids, made.tokens], 1)).argmax(-1))
 
 
-def test_hooks_and_layers_of_others_are_called(monkeypatch):
+@pytest.mark.parametrize(("family", "layer"), [("gpt2", "mlp.up"), ("llama", "mlp.gate"), ("llama", "attn.k")])
+def test_hooks_and_layers_of_others_are_called(monkeypatch, family, layer):
+    """What is one call without them is not with them: a layer and its activation, or q, k and v."""
     monkeypatch.setattr(generate_module, "WORTH_PREPARING", 1)
     monkeypatch.setattr(products, "SMALLEST", 1)
-    model, called = lm("gpt2", torch.float32), Counter()
-    up = model.trunk.blocks[0].mlp.up
-    up.register_forward_pre_hook(lambda *a: called.update(["before"]))
-    model.trunk.blocks[1].mlp.up.register_forward_hook(lambda *a: called.update(["after"]))
+    model, called = lm(family, torch.float32), Counter()
+    places = [f"trunk.blocks.{i}.{layer}" for i in (0, 1)]
+    one, two = (model.get_submodule(place) for place in places)
+    with generate_module.prepared(model, 16, 16):
+        assert all(model.get_submodule(place.rpartition(".")[0]).ready for place in places)
+        assert one.ready is two.ready is None
+    one.register_forward_pre_hook(lambda *a: called.update(["before"]))
+    two.register_forward_hook(lambda *a: called.update(["after"]))
     run(model, PROMPTS, rng=streams(5), eos_token_id=None)
     assert called == {"before": 12, "after": 12}
-    other = model.trunk.blocks[0].mlp.up = torch.nn.Linear(*up.weight.T.shape)
-    other.load_state_dict(up.state_dict())
-    torch.manual_seed(0)
+    other = torch.nn.Linear(*one.weight.T.shape, bias=one.bias is not None)
+    other.load_state_dict(one.state_dict())
+    other.register_forward_hook(lambda *a: called.update(["other"]))
+    model.set_submodule(places[0], other)
     assert_close(
         run(model, PROMPTS, rng=streams(5)).logprobs,
-        run(lm("gpt2", torch.float32), PROMPTS, rng=streams(5)).logprobs,
+        run(lm(family, torch.float32), PROMPTS, rng=streams(5)).logprobs,
         fp32,
     )
+    assert called["other"]
 
 
 def test_what_is_drawn_can_be_trained_on():

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from minirlhf import products
 from minirlhf.model import MLP, CausalLM, ModelConfig
-from minirlhf.products import activated, linear, pack, product
+from minirlhf.products import linear, packed, product
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -115,9 +115,12 @@ def test_turned_off_it_changes_no_more_than_rounding(spy):
 def test_an_activation_in_the_same_call(kind, dtype):
     """The one that the model would apply to the product, in fp64 of the same numbers."""
     x, w, b = tensors(16, 1, 256, out=512, dtype=dtype)
-    packed = pack(w, dtype, 16)
-    assert packed is not None
-    truth = MLP(ModelConfig(activation=kind)).act(F.linear(x.double(), w.double(), b.double()))
+    truth = F.linear(x.double(), w.double(), b.double())
     near = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
-    assert_close(activated(x, packed, b, kind).double(), truth, near)
-    assert_close(activated(x, packed, b, "").double(), F.linear(x.double(), w.double(), b.double()), near)
+    for activation, expected in (("", truth), (kind, MLP(ModelConfig(activation=kind)).act(truth))):
+        call = packed(w, b, dtype, 16, activation)
+        assert call is not None
+        for given in (x, x.double()):  # rounded to the dtype first
+            made = call(given)
+            assert made.dtype == dtype
+            assert_close(made.double(), expected, near)

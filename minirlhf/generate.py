@@ -5,25 +5,21 @@ token and its log-prob. One thing makes it reproducible: row r draws its uniform
 the cumulative distribution, so that its answer depends neither on its neighbours nor on the batch size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from minirlhf.errors import NonFiniteError
-from minirlhf.model import MLP, Attention, Cache, CausalLM, Head, Linear
+from minirlhf.model import Cache, CausalLM
 from minirlhf.ops import token_logprobs
-from minirlhf.products import Ready, packed
+from minirlhf.prepared import prepared
 from minirlhf.rng import generator
 
 Seen = tuple[Tensor, Tensor, Tensor]  # of b rows: prompt (b, P), its mask (b, P), answer so far (b, t)
 NEVER = float("-inf")
 COLDEST = 1e-6  # temperature; logits divided by far less are no numbers in fp32
-WORTH_PREPARING = 16  # new tokens from which on a second layout of the weights pays
 
 
 @dataclass(frozen=True)
@@ -95,60 +91,12 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), prepared(model, len(input_ids) * num_return_sequences, max_new_tokens):
-            made = _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
+        rows = len(input_ids) * num_return_sequences
+        with torch.inference_mode(), prepared(model, rows, max_new_tokens) as ready:
+            made = _decode(ready, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
         return Generation(made.tokens.clone(), made.mask.clone(), made.logprobs.clone())
     finally:
         model.train(training)
-
-
-@contextmanager
-def prepared(model: CausalLM, rows: int, steps: int) -> Iterator[None]:
-    """The weights once more, as many steps of so many rows want them: see `packed`; those of the head in fp32."""
-    done: set[Attention | MLP | Linear] = set()
-    try:
-        for module, layers, activation in _products(model) if steps >= WORTH_PREPARING else ():
-            if layers[0] not in done:
-                module.ready = _ready(layers, rows, activation)
-                done.update((module, *layers) if module.ready else ())
-        yield
-    finally:
-        for module in done:
-            module.ready = None
-
-
-def _products(model: CausalLM) -> Iterator[tuple[Attention | MLP | Linear, list[Linear], str]]:
-    """What can be one call: a module, its layers side by side and the activation of them; the largest first.
-
-    Where a hook, such as an adapter's, or another kind of layer comes between, there is nothing to put together.
-    """
-    for module in model.modules():
-        inner: list[Module] = []
-        activation = ""
-        if isinstance(module, Linear):
-            yield module, [module], ""
-        elif isinstance(module, Attention) and module.layout == "split":
-            inner = [module.q, module.k, module.v]
-        elif isinstance(module, MLP):
-            inner, activation = [module.up if module.gate is None else module.gate], module.activation
-        layers = [x for x in inner if type(x) is Linear and not x._forward_hooks and not x._forward_pre_hooks]
-        if isinstance(module, Attention | MLP) and layers and len(layers) == len(inner):
-            yield module, layers, activation
-
-
-def _ready(layers: list[Linear], rows: int, activation: str) -> Ready | None:
-    first = layers[0]
-    device, dtype = first.weight.device.type, first.weight.dtype
-    if isinstance(first, Head):
-        dtype = torch.promote_types(dtype, torch.float32)
-    elif torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    weight: Tensor = first.weight if len(layers) == 1 else torch.cat([x.weight for x in layers])
-    bias = None if first.bias is None else torch.cat([x.bias for x in layers])
-    ready = packed(weight, bias, dtype, rows, activation)
-    if ready is None and isinstance(first, Head) and dtype != weight.dtype:
-        return partial(first.logits, weight=weight.to(dtype))
-    return ready
 
 
 def _decode(

@@ -13,13 +13,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tolerance import assert_close, bf16, exact, fp32, fp64
+from tolerance import assert_close, exact, fp32, fp64
 
-from minirlhf import products
 from minirlhf.errors import NonFiniteError
 from minirlhf.generate import Sampling, draw, filtered, generate, row_uniforms
-from minirlhf.lora import LoRAConfig, adapter_parameters, add_adapter, use_adapter
-from minirlhf.model import CausalLM, Linear, ModelConfig
+from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.rng import generator
 
 generate_module = sys.modules["minirlhf.generate"]
@@ -700,23 +698,6 @@ def test_the_cache_is_fp32_on_the_cpu(dtype):
     assert {t.dtype for t in (*cache.keys, *cache.values)} == {torch.float32}
 
 
-def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
-    """A head of bf16 is brought to fp32 once, even where no product is large enough to be packed."""
-    monkeypatch.setattr(products, "SMALLEST", 10**12)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = lm(dtype=dtype)
-        with generate_module.prepared(model, 1, 15):
-            assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
-        with generate_module.prepared(model, 1, 16):
-            ready = [m.ready for m in model.modules() if isinstance(m, Linear) and m.ready is not None]
-            if dtype == torch.bfloat16:
-                assert ready[0] is model.head.ready
-                wide = ready[0].keywords["weight"]
-                assert_close(wide, model.head.weight.float(), exact)
-                assert wide.dtype == torch.float32
-            assert len(ready) == (dtype == torch.bfloat16)
-
-
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
 def test_bf16_weights_give_fp32_log_probs(family):
     model = lm(family, torch.bfloat16)
@@ -728,98 +709,12 @@ def test_bf16_weights_give_fp32_log_probs(family):
     assert mixed.logprobs.dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_prepared_weights_are_the_plain_ones(monkeypatch, family, dtype, autocast):
-    """The fast path against its plain twin: with weights in another layout, and without; neither leaves a trace."""
-    config = ModelConfig(family=family, vocab_size=96, n_layer=2, n_head=4, d_model=128, max_seq_len=64)
-    model = CausalLM(config, rng=torch.Generator().manual_seed(0)).to(dtype)
-    ids = torch.randint(1, 96, (6, 9), generator=torch.Generator().manual_seed(1))
-    results, packed = [], []
-    for steps in (1, 10**9):
-        monkeypatch.setattr(generate_module, "WORTH_PREPARING", steps)
-        monkeypatch.setattr(products, "SMALLEST", 1 if steps == 1 else 10**12)
-        real = generate_module.packed
-        monkeypatch.setattr(generate_module, "packed", lambda *a, real=real: (packed.append(a), real(*a))[1])
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            results.append(generate(model, ids, max_new_tokens=20, eos_token_id=0, pad_token_id=0,
-                                    rng=torch.Generator().manual_seed(2)))  # fmt: skip
-        monkeypatch.undo()
-    split = config.qkv == "split"  # q, k and v become one product
-    assert len(packed) == sum(isinstance(m, Linear) for m in model.modules()) - 2 * config.n_layer * split
-    assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
-    fast, plain = results
-    if dtype == torch.float32 and not autocast:
-        assert torch.equal(fast.tokens, plain.tokens)
-        assert_close(fast.logprobs, plain.logprobs, fp32)
-    else:  # rounding to bf16 may turn a draw; the first tokens come from the same forward but for it
-        assert_close(fast.logprobs[:, 0].exp(), plain.logprobs[:, 0].exp(), bf16)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_prepared_weights_under_an_adapter(monkeypatch, family):
-    """What an adapter adds to a product is added before the nonlinearity, prepared or not."""
-    config = ModelConfig(family=family, vocab_size=96, n_layer=2, n_head=4, d_model=128, max_seq_len=64)
-    model = CausalLM(config, rng=torch.Generator().manual_seed(0))
-    ids = torch.randint(1, 96, (6, 9), generator=torch.Generator().manual_seed(1))
-    add_adapter(model, "a", LoRAConfig(r=4, alpha=8.0), rng=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        for p in adapter_parameters(model, "a").values():
-            p.add_(0.05)
-    monkeypatch.setattr(generate_module, "WORTH_PREPARING", 1)
-    monkeypatch.setattr(products, "SMALLEST", 1)
-    with use_adapter(model, "a"):
-        made = generate(model, ids, max_new_tokens=20, eos_token_id=None, pad_token_id=0,
-                        rng=torch.Generator().manual_seed(2))  # fmt: skip
-        whole = model(torch.cat([ids, made.tokens], 1))[:, 8:-1].log_softmax(-1)  # (6, 20, V)
-        base = model(torch.cat([ids, made.tokens], 1)).argmax(-1)
-    assert_close(made.logprobs, whole.gather(2, made.tokens[..., None])[..., 0], fp32)
-    assert not torch.equal(base, model(torch.cat([ids, made.tokens], 1)).argmax(-1))
-
-
-@pytest.mark.parametrize(("family", "layer"), [("gpt2", "mlp.up"), ("llama", "mlp.gate"), ("llama", "attn.k")])
-def test_hooks_and_layers_of_others_are_called(monkeypatch, family, layer):
-    """What is one call without them is not with them: a layer and its activation, or q, k and v."""
-    monkeypatch.setattr(generate_module, "WORTH_PREPARING", 1)
-    monkeypatch.setattr(products, "SMALLEST", 1)
-    model, called = lm(family, torch.float32), Counter()
-    places = [f"trunk.blocks.{i}.{layer}" for i in (0, 1)]
-    one, two = (model.get_submodule(place) for place in places)
-    with generate_module.prepared(model, 16, 16):
-        assert all(model.get_submodule(place.rpartition(".")[0]).ready for place in places)
-        assert one.ready is two.ready is None
-    one.register_forward_pre_hook(lambda *a: called.update(["before"]))
-    two.register_forward_hook(lambda *a: called.update(["after"]))
-    run(model, PROMPTS, rng=streams(5), eos_token_id=None)
-    assert called == {"before": 12, "after": 12}
-    other = torch.nn.Linear(*one.weight.T.shape, bias=one.bias is not None)
-    other.load_state_dict(one.state_dict())
-    other.register_forward_hook(lambda *a: called.update(["other"]))
-    model.set_submodule(places[0], other)
-    assert_close(
-        run(model, PROMPTS, rng=streams(5)).logprobs,
-        run(lm(family, torch.float32), PROMPTS, rng=streams(5)).logprobs,
-        fp32,
-    )
-    assert called["other"]
-
-
 def test_what_is_drawn_can_be_trained_on():
     model = lm("llama", torch.float32)
     made = run(model, PROMPTS, rng=streams(5))
     loss = (model(made.tokens).log_softmax(-1).gather(2, made.tokens[..., None])[..., 0] - made.logprobs).square()
     torch.where(made.mask, loss, 0.0).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-def test_weights_are_released_when_sampling_fails():
-    model = CausalLM(ModelConfig(vocab_size=4096, n_layer=1, n_head=4, d_model=256), rng=torch.Generator())
-    with torch.no_grad():
-        model.trunk.final_norm.weight.fill_(torch.nan)
-    with pytest.raises(NonFiniteError):
-        generate(model, torch.ones(16, 4, dtype=torch.long), max_new_tokens=32, eos_token_id=0, pad_token_id=0)
-    assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -1,0 +1,210 @@
+"""The prepared model against the model itself: the same numbers, and whoever wants to see a call sees it."""
+
+from collections import Counter
+
+import pytest
+import torch
+from test_generate import PROMPTS, lm, run, streams
+from test_model import FAMILY, make, padded, tokens
+from tolerance import assert_close, bf16, exact, fp32
+from torch import nn
+
+from minirlhf import prepared as prepared_module
+from minirlhf import products
+from minirlhf.errors import NonFiniteError
+from minirlhf.generate import generate
+from minirlhf.lora import LoRAConfig, adapter_parameters, add_adapter, use_adapter
+from minirlhf.model import MLP, Attention, Cache, CausalLM, Linear, ModelConfig
+from minirlhf.prepared import PLAIN, bare, prepared
+
+# ---- stand-ins ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the module classes that are called as nn.Module."""
+    seen, call = Counter(), nn.Module.__call__
+    monkeypatch.setattr(
+        nn.Module, "__call__", lambda self, *a, **k: (seen.update([type(self).__name__]), call(self, *a, **k))[1]
+    )
+    return seen
+
+
+@FAMILY
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_stand_in_gives_the_same_bits(calls, name, dtype):
+    """Prompts of three lengths, then token by token, as sampling asks; no module is called."""
+    model, (ids, mask) = make(name, dtype), padded([tokens(6), tokens(3, seed=1), tokens(1, seed=2)])
+    results = []
+    for each in (bare(model), model):
+        assert not calls
+        cache = Cache(model.config, 3, 12, dtype=dtype)
+        steps = [each.hidden(ids, mask, cache=cache)[:, -1:]]
+        for t in range(6):
+            mask_so_far = torch.cat([mask, mask.new_ones(3, t + 1)], 1)
+            steps.append(each.hidden(tokens(3, 1, seed=t), mask_so_far, cache=cache))
+        results.append(each.head(torch.cat(steps, 1)))
+    assert calls["Trunk"] == 7
+    assert_close(*results, exact)
+
+
+def test_all_plain_kinds_are_stood_in_for():
+    model = make("llama")
+    kinds = {type(m) for m in model.modules()} - {nn.ModuleList}
+    assert kinds == set(PLAIN)
+    assert type(model) is CausalLM
+    stand_in = bare(model)
+    assert not isinstance(stand_in, nn.Module)
+    assert stand_in.trunk.blocks[1].mlp.up.weight is model.trunk.blocks[1].mlp.up.weight
+    assert stand_in.config is model.config
+
+
+def test_whoever_wants_to_see_a_call_sees_it(calls):
+    """A hook, another kind of layer, a function put in place of `forward`, a compiled module; the others go without."""
+
+    class Louder(MLP):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = make("gpt2", torch.float32)
+    first, second = model.trunk.blocks
+    first.mlp = Louder(model.config)
+    first.norm1.forward = lambda x: x
+    first.attn.out.register_forward_hook(lambda *a: None)
+    second.attn.qkv.register_forward_pre_hook(lambda *a: None)
+    second.mlp.down = nn.Linear(second.mlp.down.in_features, second.mlp.down.out_features)
+    second.norm2._compiled_call_impl = lambda x: x + 1
+    for p in model.parameters():
+        p.data.fill_(0.1)
+    ids = tokens(2, 5)
+    with torch.no_grad():
+        made = bare(model).hidden(ids)
+        assert calls == {"Louder": 1, "Linear": 5, "Norm": 2}  # Louder's two layers are modules too
+        assert_close(made, model.hidden(ids), exact)
+
+
+def test_a_function_of_the_class_may_change_between_two_answers(monkeypatch):
+    """Who tries something out changes the model in one place."""
+    before = run(lm(), PROMPTS, rng=streams(5))
+    monkeypatch.setattr(Attention, "attend", lambda self, q, k, v, mask: q)
+    assert not torch.equal(run(lm(), PROMPTS, rng=streams(5)).tokens, before.tokens)
+
+
+def test_global_hooks_see_every_call(monkeypatch):
+    monkeypatch.setattr(prepared_module, "WORTH_PREPARING", 1)
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    seen = Counter()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *a: seen.update([type(module).__name__]))
+    try:
+        run(lm(dtype=torch.float32), PROMPTS, rng=streams(5), eos_token_id=None)
+    finally:
+        hook.remove()
+    assert seen["Linear"] == 12 * 2 * 7  # of the prompts and of eleven steps: two blocks of seven layers
+    assert seen["Head"] == seen["Trunk"] == 12
+
+
+# ---- weights in another layout --------------------------------------------------------------------------------------
+
+
+def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
+    """A head of bf16 is brought to fp32 once, even where no product is large enough to be packed."""
+    monkeypatch.setattr(products, "SMALLEST", 10**12)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = lm(dtype=dtype)
+        with prepared(model, 1, 15):
+            assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
+        with prepared(model, 1, 16):
+            ready = [m.ready for m in model.modules() if isinstance(m, Linear) and m.ready is not None]
+            if dtype == torch.bfloat16:
+                assert ready[0] is model.head.ready
+                wide = ready[0].keywords["weight"]
+                assert_close(wide, model.head.weight.float(), exact)
+                assert wide.dtype == torch.float32
+            assert len(ready) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_prepared_weights_are_the_plain_ones(monkeypatch, family, dtype, autocast):
+    """The fast path against its plain twin: with weights in another layout, and without; neither leaves a trace."""
+    config = ModelConfig(family=family, vocab_size=96, n_layer=2, n_head=4, d_model=128, max_seq_len=64)
+    model = CausalLM(config, rng=torch.Generator().manual_seed(0)).to(dtype)
+    ids = torch.randint(1, 96, (6, 9), generator=torch.Generator().manual_seed(1))
+    results, packed = [], []
+    for steps in (1, 10**9):
+        monkeypatch.setattr(prepared_module, "WORTH_PREPARING", steps)
+        monkeypatch.setattr(products, "SMALLEST", 1 if steps == 1 else 10**12)
+        real = prepared_module.packed
+        monkeypatch.setattr(prepared_module, "packed", lambda *a, real=real: (packed.append(a), real(*a))[1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(generate(model, ids, max_new_tokens=20, eos_token_id=0, pad_token_id=0,
+                                    rng=torch.Generator().manual_seed(2)))  # fmt: skip
+        monkeypatch.undo()
+    split = config.qkv == "split"  # q, k and v become one product
+    assert len(packed) == sum(isinstance(m, Linear) for m in model.modules()) - 2 * config.n_layer * split
+    assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
+    fast, plain = results
+    if dtype == torch.float32 and not autocast:
+        assert torch.equal(fast.tokens, plain.tokens)
+        assert_close(fast.logprobs, plain.logprobs, fp32)
+    else:  # rounding to bf16 may turn a draw; the first tokens come from the same forward but for it
+        assert_close(fast.logprobs[:, 0].exp(), plain.logprobs[:, 0].exp(), bf16)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_prepared_weights_under_an_adapter(monkeypatch, family):
+    """What an adapter adds to a product is added before the nonlinearity, prepared or not."""
+    config = ModelConfig(family=family, vocab_size=96, n_layer=2, n_head=4, d_model=128, max_seq_len=64)
+    model = CausalLM(config, rng=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 96, (6, 9), generator=torch.Generator().manual_seed(1))
+    add_adapter(model, "a", LoRAConfig(r=4, alpha=8.0), rng=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for p in adapter_parameters(model, "a").values():
+            p.add_(0.05)
+    monkeypatch.setattr(prepared_module, "WORTH_PREPARING", 1)
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    with use_adapter(model, "a"):
+        made = generate(model, ids, max_new_tokens=20, eos_token_id=None, pad_token_id=0,
+                        rng=torch.Generator().manual_seed(2))  # fmt: skip
+        whole = model(torch.cat([ids, made.tokens], 1))[:, 8:-1].log_softmax(-1)  # (6, 20, V)
+        base = model(torch.cat([ids, made.tokens], 1)).argmax(-1)
+    assert_close(made.logprobs, whole.gather(2, made.tokens[..., None])[..., 0], fp32)
+    assert not torch.equal(base, model(torch.cat([ids, made.tokens], 1)).argmax(-1))
+
+
+@pytest.mark.parametrize(("family", "layer"), [("gpt2", "mlp.up"), ("llama", "mlp.gate"), ("llama", "attn.k")])
+def test_hooks_and_layers_of_others_are_called(monkeypatch, family, layer):
+    """What is one call without them is not with them: a layer and its activation, or q, k and v."""
+    monkeypatch.setattr(prepared_module, "WORTH_PREPARING", 1)
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    model, called = lm(family, torch.float32), Counter()
+    places = [f"trunk.blocks.{i}.{layer}" for i in (0, 1)]
+    one, two = (model.get_submodule(place) for place in places)
+    with prepared(model, 16, 16):
+        assert all(model.get_submodule(place.rpartition(".")[0]).ready for place in places)
+        assert one.ready is two.ready is None
+    one.register_forward_pre_hook(lambda *a: called.update(["before"]))
+    two.register_forward_hook(lambda *a: called.update(["after"]))
+    run(model, PROMPTS, rng=streams(5), eos_token_id=None)
+    assert called == {"before": 12, "after": 12}
+    other = torch.nn.Linear(*one.weight.T.shape, bias=one.bias is not None)
+    other.load_state_dict(one.state_dict())
+    other.register_forward_hook(lambda *a: called.update(["other"]))
+    model.set_submodule(places[0], other)
+    assert_close(
+        run(model, PROMPTS, rng=streams(5)).logprobs,
+        run(lm(family, torch.float32), PROMPTS, rng=streams(5)).logprobs,
+        fp32,
+    )
+    assert called["other"]
+
+
+def test_weights_are_released_when_sampling_fails():
+    model = CausalLM(ModelConfig(vocab_size=4096, n_layer=1, n_head=4, d_model=256), rng=torch.Generator())
+    with torch.no_grad():
+        model.trunk.final_norm.weight.fill_(torch.nan)
+    with pytest.raises(NonFiniteError):
+        generate(model, torch.ones(16, 4, dtype=torch.long), max_new_tokens=32, eos_token_id=0, pad_token_id=0)
+    assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))

@@ -118,7 +118,7 @@ def _decode(
 
     B = len(source)
     tokens = torch.full((B, R), pad_token_id, device=device)
-    taken = torch.zeros(B, R, dtype=torch.bool, device=device)
+    lengths = torch.full((B,), R, device=device)
     logprobs = torch.zeros(B, R, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
     prompts, rows = input_ids.repeat_interleave(n, 0), torch.arange(B, device=device)
     prefix = torch.cat([mask.repeat_interleave(n, 0), torch.ones(B, R, dtype=torch.bool, device=device)], 1)  # (B, P+R)
@@ -127,13 +127,12 @@ def _decode(
 
     for t in range(R):
         logits = model.head(hidden)  # (b, V) at least fp32
-        bad = ~torch.isfinite(logits.sum(-1))  # (b,)
-        if bad.any():
+        if not logits.sum().isfinite() and (bad := ~logits.isfinite().all(-1)).any():  # (b,)
             raise NonFiniteError(f"logits of row {rows[bad][0].item()} at new token {t} are NaN or infinite")
         seen = (prompts[rows], prefix[rows, :P], tokens[rows, :t]) if sampling.looks_back else None
         z = filtered(logits, sampling, t, seen)  # (b, V)
         token, logprob = draw(z, None if uniforms is None else uniforms[rows, t])  # (b,) each
-        tokens[rows, t], taken[rows, t] = token, True
+        tokens[rows, t] = token
         if logprob is None or z is not logits:
             logprob = token_logprobs(logits, token, temperature=sampling.temperature)
         logprobs[rows, t] = logprob
@@ -142,15 +141,16 @@ def _decode(
             over = [stop(answer) for answer in tokens[rows, : t + 1].tolist()]
             open_ &= ~torch.tensor(over, device=device)
         still = open_.nonzero()[:, 0]  # (b',)
-        if len(still) == 0 or t + 1 == R:
-            break
         if len(still) < len(rows):
-            rows, token = rows[still], token[still]
-            cache = cache.rows(still)
+            lengths[rows[~open_]] = t + 1
+            rows, token, cache = rows[still], token[still], cache.rows(still)
+        if len(rows) == 0 or t + 1 == R:
+            break
         real = prefix[rows, : P + t + 1] if padded else None  # (b', P+t+1)
         hidden = model.hidden(token[:, None], real, cache=cache)[:, -1]  # (b', C)
-    longest = int(taken.any(0).sum())
-    return Generation(tokens[:, :longest], taken[:, :longest], logprobs[:, :longest])
+    longest = int(lengths.max())
+    taken = torch.arange(longest, device=device) < lengths[:, None]  # (B, longest)
+    return Generation(tokens[:, :longest], taken, logprobs[:, :longest])
 
 
 def _prefill(model: CausalLM, input_ids: Tensor, mask: Tensor, R: int) -> tuple[Cache, Tensor, Tensor]:

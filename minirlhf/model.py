@@ -8,6 +8,7 @@ no key turns into NaN, and NaN spreads through gradients; therefore every query 
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -125,14 +126,16 @@ def alibi_slopes(n_head: int) -> list[float]:
     return [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (n_head - n), 2)]
 
 
-def rope_frequencies(config: ModelConfig, like: Tensor) -> Tensor:  # (⌈rope_dim / 2⌉,)
+@cache
+@torch.inference_mode(False)  # what is kept serves training too
+def rope_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:  # (⌈rope_dim / 2⌉,)
     """θ^(-2i/d) (Su et al. 2021, arXiv 2104.09864, eq. 15), scaled as LLaMA 3.1 does where the config says so.
 
     Linear: f / factor. llama3, with wavelength λ = 2π/f and n the original length: f where λ < n/high, f / factor where
     λ > n/low, and between them the mix (1-s)·f/factor + s·f with s = (n/λ - low) / (high - low).
     """
     d = config.rope_dim
-    f = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=like.device).to(like.dtype) / d)
+    f = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=device).to(dtype) / d)
     if config.rope_llama3 is None:
         return f / config.rope_factor
     low, high, n = config.rope_llama3
@@ -240,6 +243,8 @@ class Embedding(nn.Embedding):
 class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016, arXiv 1607.06450) or RMSNorm (Zhang, Sennrich 2019, arXiv 1910.07467); fp32 inside."""
 
+    ready: Ready | None = None  # while `generate` runs
+
     def __init__(self, kind: str, size: int, eps: float) -> None:
         super().__init__()
         self.size, self.eps = (size,), eps
@@ -248,6 +253,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., size) → same shape and dtype
         """Weights of a wider dtype than x widen the computation, not the result."""
+        if self.ready is not None:
+            return self.ready(x)
         weight, bias = self.weight, self.bias
         if x.dtype == torch.bfloat16 or x.dtype != weight.dtype:
             wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
@@ -256,7 +263,7 @@ class Norm(nn.Module):
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None:
-            return F.rms_norm(x, self.size, weight, self.eps)
+            return torch.rms_norm(x, self.size, weight, self.eps)
         return torch.layer_norm(x, self.size, weight, bias, self.eps)
 
 
@@ -304,7 +311,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = rotate(torch.cat([q, k], 1), rope).split_with_sizes(self.shares[:2], 1)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = self.attend(q, k, v, mask)
@@ -329,7 +336,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(up x)), or down(act(gate x) · up x) with a gate (Shazeer 2020, arXiv 2002.05202)."""
 
-    ready: Ready | None = None  # while `generate` runs: `active`
+    ready: Ready | None = None  # while `generate` runs: act(up x), or gate x and up x side by side
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -341,12 +348,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) → (B, T, C)
         """One hidden layer."""
         if self.gate is None:
-            return self.down(self.active(self.up, x))
-        return self.down(self.active(self.gate, x) * self.up(x))
-
-    def active(self, layer: nn.Module, x: Tensor) -> Tensor:  # (B, T, C) → (B, T, d_inner)
-        """act(layer(x))."""
-        return self.act(layer(x)) if self.ready is None else self.ready(x)
+            return self.down(self.act(self.up(x)) if self.ready is None else self.ready(x))
+        gate, up = (self.gate(x), self.up(x)) if self.ready is None else self.ready(x).chunk(2, -1)
+        return self.down(self.act(gate) * up)
 
     def act(self, x: Tensor) -> Tensor:  # same shape
         """The family's nonlinearity."""
@@ -460,7 +464,7 @@ class Trunk(nn.Module):
             bias = slopes[:, None, None] * keys[:, None, None].to(wide)  # (B, H, 1, S)
         rope = None
         if config.position == "rotary":
-            angle = positions[:, None, :, None] * rope_frequencies(config, x.new_empty(0, dtype=wide))  # (B, 1, T, d/2)
+            angle = positions[:, None, :, None] * rope_frequencies(config, wide, x.device)  # (B, 1, T, d/2)
             cos, sin = angle.cos(), angle.sin()
             rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         windows = [config.window(i) for i in range(config.n_layer)]

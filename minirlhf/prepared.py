@@ -24,15 +24,13 @@ WORTH_PREPARING = 16  # steps from which on a second layout of the weights pays
 @contextmanager
 def prepared(model: CausalLM, rows: int, steps: int) -> Iterator[CausalLM]:
     """The model for so many steps of so many rows; another kind of model, or of layer in it, stays what it is."""
-    done: set[Attention | MLP | Linear] = set()
+    found = dict(_faster(model, rows)) if steps >= WORTH_PREPARING else {}
     try:
-        for module, layers, activation in _products(model) if steps >= WORTH_PREPARING else ():
-            if layers[0] not in done:
-                module.ready = _ready(layers, rows, activation)
-                done.update((module, *layers) if module.ready else ())
+        for module, ready in found.items():
+            module.ready = ready
         yield bare(model)
     finally:
-        for module in done:
+        for module in found:
             module.ready = None
 
 
@@ -66,36 +64,60 @@ def watched(module: nn.Module) -> bool:
     return bool(hooks or module._compiled_call_impl or "forward" in vars(module))
 
 
-def _products(model: CausalLM) -> Iterator[tuple[Attention | MLP | Linear, list[Linear], str]]:
-    """What can be one call: a module, its layers side by side and the activation of them; the largest first.
+def _faster(model: CausalLM, rows: int) -> Iterator[tuple[Any, Ready]]:
+    """Modules and what does their work in fewer calls; not the layers within one of them."""
+    within: set[nn.Module] = set()
+    for module in model.modules():
+        layers, activation = _layers(module)
+        if isinstance(module, Norm):
+            ready = _rms(module)
+        else:
+            ready = _one_call(layers, rows, activation) if layers and module not in within else None
+        if ready is not None:
+            within.update(layers)
+            yield module, ready
+
+
+def _layers(module: nn.Module) -> tuple[list[Linear], str]:
+    """Layers that can be one product, side by side, and the activation of it.
 
     Where a hook or another kind of layer comes between, there is nothing to put together.
     """
-    for module in model.modules():
-        inner: list[nn.Module] = []
-        activation = ""
-        if isinstance(module, Linear):
-            yield module, [module], ""
-        elif isinstance(module, Attention) and module.layout == "split":
-            inner = [module.q, module.k, module.v]
-        elif isinstance(module, MLP):
-            inner, activation = [module.up if module.gate is None else module.gate], module.activation
-        layers = [x for x in inner if type(x) is Linear and not watched(x)]
-        if isinstance(module, Attention | MLP) and layers and len(layers) == len(inner):
-            yield module, layers, activation
+    inner: list[nn.Module] = []
+    activation = ""
+    if isinstance(module, Linear):
+        return [module], ""
+    if isinstance(module, Attention) and module.layout == "split":
+        inner = [module.q, module.k, module.v]
+    elif isinstance(module, MLP) and module.gate is not None:
+        inner = [module.gate, module.up]
+    elif isinstance(module, MLP):
+        inner, activation = [module.up], module.activation
+    layers = [x for x in inner if type(x) is Linear and not watched(x)]
+    return (layers, activation) if len(layers) == len(inner) else ([], "")
 
 
-def _ready(layers: list[Linear], rows: int, activation: str) -> Ready | None:
-    """One call for layers side by side; that of the head in fp32."""
+def _one_call(layers: list[Linear], rows: int, activation: str) -> Ready | None:
+    """The product of layers side by side; that of the head in fp32."""
     first = layers[0]
-    device, dtype = first.weight.device.type, first.weight.dtype
+    dtype = first.weight.dtype
     if isinstance(first, Head):
         dtype = torch.promote_types(dtype, torch.float32)
-    elif torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    elif torch.is_autocast_enabled(first.weight.device.type):
+        dtype = torch.get_autocast_dtype(first.weight.device.type)
     weight: Tensor = first.weight if len(layers) == 1 else torch.cat([x.weight for x in layers])
     bias = None if first.bias is None else torch.cat([x.bias for x in layers])
     ready = packed(weight, bias, dtype, rows, activation)
     if ready is None and isinstance(first, Head) and dtype != weight.dtype:
         return partial(first.logits, weight=weight.to(dtype))
     return ready
+
+
+def _rms(norm: Norm) -> Ready | None:
+    """RMSNorm as √C w x / √(|x|² + Cε): four calls, of which torch makes seven on a CPU."""
+    weight, (C,) = norm.weight, norm.size
+    cpu = weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if norm.bias is not None or weight.dtype != torch.float32 or not cpu:
+        return None
+    scale, floor = weight * C**0.5, torch.tensor((C * norm.eps) ** 0.5, dtype=weight.dtype)
+    return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * scale

@@ -14,7 +14,7 @@ from minirlhf import products
 from minirlhf.errors import NonFiniteError
 from minirlhf.generate import generate
 from minirlhf.lora import LoRAConfig, adapter_parameters, add_adapter, use_adapter
-from minirlhf.model import MLP, Attention, Cache, CausalLM, Linear, ModelConfig
+from minirlhf.model import MLP, Attention, Cache, CausalLM, Linear, ModelConfig, Norm
 from minirlhf.prepared import PLAIN, bare, prepared
 
 # ---- stand-ins ------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_global_hooks_see_every_call(monkeypatch):
     assert seen["Head"] == seen["Trunk"] == 12
 
 
-# ---- weights in another layout --------------------------------------------------------------------------------------
+# ---- fewer calls --------------------------------------------------------------------------------------
 
 
 def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
@@ -113,7 +113,7 @@ def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         model = lm(dtype=dtype)
         with prepared(model, 1, 15):
-            assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
+            assert all(getattr(m, "ready", None) is None for m in model.modules())
         with prepared(model, 1, 16):
             ready = [m.ready for m in model.modules() if isinstance(m, Linear) and m.ready is not None]
             if dtype == torch.bfloat16:
@@ -142,9 +142,9 @@ def test_prepared_weights_are_the_plain_ones(monkeypatch, family, dtype, autocas
             results.append(generate(model, ids, max_new_tokens=20, eos_token_id=0, pad_token_id=0,
                                     rng=torch.Generator().manual_seed(2)))  # fmt: skip
         monkeypatch.undo()
-    split = config.qkv == "split"  # q, k and v become one product
-    assert len(packed) == sum(isinstance(m, Linear) for m in model.modules()) - 2 * config.n_layer * split
-    assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
+    fewer = 2 * (config.qkv == "split") + config.gated  # q, k and v are one product, gate and up another
+    assert len(packed) == sum(isinstance(m, Linear) for m in model.modules()) - config.n_layer * fewer
+    assert all(getattr(m, "ready", None) is None for m in model.modules())
     fast, plain = results
     if dtype == torch.float32 and not autocast:
         assert torch.equal(fast.tokens, plain.tokens)
@@ -174,7 +174,9 @@ def test_prepared_weights_under_an_adapter(monkeypatch, family):
     assert not torch.equal(base, model(torch.cat([ids, made.tokens], 1)).argmax(-1))
 
 
-@pytest.mark.parametrize(("family", "layer"), [("gpt2", "mlp.up"), ("llama", "mlp.gate"), ("llama", "attn.k")])
+@pytest.mark.parametrize(
+    ("family", "layer"), [("gpt2", "mlp.up"), ("llama", "mlp.gate"), ("llama", "mlp.up"), ("llama", "attn.k")]
+)
 def test_hooks_and_layers_of_others_are_called(monkeypatch, family, layer):
     """What is one call without them is not with them: a layer and its activation, or q, k and v."""
     monkeypatch.setattr(prepared_module, "WORTH_PREPARING", 1)
@@ -207,4 +209,35 @@ def test_weights_are_released_when_sampling_fails():
         model.trunk.final_norm.weight.fill_(torch.nan)
     with pytest.raises(NonFiniteError):
         generate(model, torch.ones(16, 4, dtype=torch.long), max_new_tokens=32, eos_token_id=0, pad_token_id=0)
-    assert all(m.ready is None for m in model.modules() if isinstance(m, Linear))
+    assert all(getattr(m, "ready", None) is None for m in model.modules())
+
+
+@pytest.mark.parametrize("size", [1, 7, 256])
+@pytest.mark.parametrize("scale", [0.0, 1e-5, 1e-3, 1.0, 1e6])
+def test_rms_norm_in_fewer_calls(size, scale):
+    """√C w x / √(|x|² + Cε) is w x / √(mean x² + ε), also where ε decides, and for nothing but zeros."""
+    rng = torch.Generator().manual_seed(0)
+    norm, x = Norm("rms", size, 1e-6), torch.randn(3, 2, size, generator=rng) * scale
+    norm.weight.data.normal_(generator=rng)
+    with torch.inference_mode():
+        made = prepared_module._rms(norm)(x)
+    wide = x.double()
+    truth = norm.weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert_close(made.double(), truth.detach(), {"rtol": 5e-7, "atol": 0.0})
+
+
+def test_rms_norm_stays_what_it_is_elsewhere():
+    """bf16 squares have too few digits; a bias makes it a layer norm."""
+    assert prepared_module._rms(Norm("rms", 4, 1e-6).bfloat16()) is None
+    assert prepared_module._rms(Norm("rms", 4, 1e-6).to("meta")) is None
+    assert prepared_module._rms(Norm("layer", 4, 1e-6)) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prepared_module._rms(Norm("rms", 4, 1e-6)) is None
+
+
+def test_norms_of_queries_and_keys(monkeypatch):
+    monkeypatch.setattr(prepared_module, "WORTH_PREPARING", 1)
+    model = make("qwen3", torch.float32)
+    made = generate(model, tokens(3, 4), max_new_tokens=8, eos_token_id=None, pad_token_id=0)
+    whole = model(torch.cat([tokens(3, 4), made.tokens], 1))[:, 3:-1].log_softmax(-1)
+    assert_close(made.logprobs, whole.gather(2, made.tokens[..., None])[..., 0], fp32)

@@ -150,9 +150,10 @@ def rotate(
     """Rotates the first d dimensions, dimension i paired with i + d/2 (the half convention of LLaMA and GPT-NeoX)."""
     cos, sin = cos_sin
     d = cos.shape[-1]
-    wide = x[..., :d].to(cos.dtype)
-    turned = torch.addcmul(wide * cos, wide.roll(d // 2, -1), sin).to(x.dtype)
-    return turned if d == x.shape[-1] else torch.cat([turned, x[..., d:]], -1)
+    if d < x.shape[-1]:
+        return torch.cat([rotate(x[..., :d], cos_sin), x[..., d:]], -1)
+    wide = x.to(cos.dtype)
+    return torch.addcmul(wide * cos, wide.roll(d // 2, -1), sin).to(x.dtype)
 
 
 class Cache:

@@ -123,27 +123,25 @@ def _decode(
     prompts, rows = input_ids.repeat_interleave(n, 0), torch.arange(B, device=device)
     prefix = torch.cat([mask.repeat_interleave(n, 0), torch.ones(B, R, dtype=torch.bool, device=device)], 1)  # (B, P+R)
     P, padded = input_ids.shape[1], not mask.all()
-    ends = torch.tensor(sampling.eos_token_ids, device=device)
 
     for t in range(R):
         logits = model.head(hidden)  # (b, V) at least fp32
-        if not logits.sum().isfinite() and (bad := ~logits.isfinite().all(-1)).any():  # (b,)
-            raise NonFiniteError(f"logits of row {rows[bad][0].item()} at new token {t} are NaN or infinite")
         seen = (prompts[rows], prefix[rows, :P], tokens[rows, :t]) if sampling.looks_back else None
         z = filtered(logits, sampling, t, seen)  # (b, V)
         token, logprob = draw(z, None if uniforms is None else uniforms[rows, t])  # (b,) each
-        tokens[rows, t] = token
         if logprob is None or z is not logits:
             logprob = token_logprobs(logits, token, temperature=sampling.temperature)
-        logprobs[rows, t] = logprob
-        open_ = (token[:, None] != ends).all(-1)  # (b,)
+        if not logprob.isfinite().all():  # one such logit, and the sum over all of them is no number
+            bad = rows[~logprob.isfinite()][0].item()
+            raise NonFiniteError(f"logits of row {bad} at new token {t} are NaN or infinite")
+        tokens[rows, t], logprobs[rows, t] = token, logprob
+        over = [last in sampling.eos_token_ids for last in token.tolist()]
         if stop:
-            over = [stop(answer) for answer in tokens[rows, : t + 1].tolist()]
-            open_ &= ~torch.tensor(over, device=device)
-        still = open_.nonzero()[:, 0]  # (b',)
-        if len(still) < len(rows):
-            lengths[rows[~open_]] = t + 1
-            rows, token, cache = rows[still], token[still], cache.rows(still)
+            over = [end or stop(answer) for end, answer in zip(over, tokens[rows, : t + 1].tolist(), strict=True)]
+        if any(over):
+            done = torch.tensor(over, device=device)  # (b,)
+            lengths[rows[done]] = t + 1
+            rows, token, cache = rows[~done], token[~done], cache.rows((~done).nonzero()[:, 0])
         if len(rows) == 0 or t + 1 == R:
             break
         real = prefix[rows, : P + t + 1] if padded else None  # (b', P+t+1)
@@ -211,7 +209,7 @@ def filtered(
     excluded += sampling.begin_suppress_tokens if t == 0 else ()
     if excluded:
         z = z.index_fill(-1, torch.tensor(excluded, device=z.device), NEVER)
-    if z is not logits and not (z > NEVER).any(-1).all():
+    if z is not logits and (z == NEVER).all(-1).any():
         raise NonFiniteError(f"the sampling filters leave no token to draw at new token {t}; loosen them")
     if not sampling.do_sample:
         return z

@@ -119,5 +119,5 @@ def _rms(norm: Norm) -> Ready | None:
     cpu = weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     if norm.bias is not None or weight.dtype != torch.float32 or not cpu:
         return None
-    scale, floor = weight * C**0.5, torch.tensor((C * norm.eps) ** 0.5, dtype=weight.dtype)
+    scale, floor = weight * C**0.5, torch.tensor((C * norm.eps) ** 0.5)
     return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * scale

@@ -593,6 +593,17 @@ def test_logits_that_are_not_finite_name_their_row(bad):
         model.head.weight[4] = bad
     with pytest.raises(NonFiniteError, match="row 0 at new token 0"):
         run(model, [[5], [6, 7]], do_sample=False)
+    for filters in ({"top_k": 3}, {"top_p": 0.5}, {"suppress_tokens": [2]}, {"temperature": 0.5}):
+        for do_sample in (True, False):
+            with pytest.raises(NonFiniteError, match="row 0 at new token 0 are NaN"):
+                run(model, [[5], [6, 7]], do_sample=do_sample, **filters)
+
+
+def test_a_logit_of_minus_infinity_is_never_drawn():
+    """Only one sign of infinity has a softmax."""
+    got = run(fixed(0.0, float("-inf"), 0.0), [[0]] * 50, rng=streams(50), eos_token_id=None)
+    assert set(got.tokens.flatten().tolist()) == {0, 2}
+    assert_close(got.logprobs, torch.full_like(got.logprobs, math.log(0.5)), fp32)
 
 
 def test_rows_are_named_by_their_place_in_the_result():

@@ -128,14 +128,19 @@ def alibi_slopes(n_head: int) -> list[float]:
 
 @cache
 @torch.inference_mode(False)  # what is kept serves training too
-def rope_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:  # (⌈rope_dim / 2⌉,)
+def alibi_column(n_head: int, dtype: torch.dtype, device: torch.device) -> Tensor:  # (H, 1, 1)
+    """The slopes, to be multiplied with positions."""
+    return torch.tensor(alibi_slopes(n_head), dtype=dtype, device=device)[:, None, None]
+
+
+def rope_frequencies(config: ModelConfig, like: Tensor) -> Tensor:  # (⌈rope_dim / 2⌉,)
     """θ^(-2i/d) (Su et al. 2021, arXiv 2104.09864, eq. 15), scaled as LLaMA 3.1 does where the config says so.
 
     Linear: f / factor. llama3, with wavelength λ = 2π/f and n the original length: f where λ < n/high, f / factor where
     λ > n/low, and between them the mix (1-s)·f/factor + s·f with s = (n/λ - low) / (high - low).
     """
     d = config.rope_dim
-    f = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=device).to(dtype) / d)
+    f = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=like.device).to(like.dtype) / d)
     if config.rope_llama3 is None:
         return f / config.rope_factor
     low, high, n = config.rope_llama3
@@ -143,9 +148,17 @@ def rope_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.devi
     return (1 - s) * f / config.rope_factor + s * f
 
 
+@cache
+@torch.inference_mode(False)
+def rope_row(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:  # (d,)
+    """(-f, f), to be multiplied with positions: the cosines of both halves are the same, the sines differ in sign."""
+    f = rope_frequencies(config, torch.empty(0, dtype=dtype, device=device))
+    return torch.cat([-f, f])
+
+
 def rotate(
     x: Tensor,  # (B, H, T, D)
-    cos_sin: tuple[Tensor, Tensor],  # each (B, 1, T, d), at least fp32; (cos, cos) and (-sin, sin) of the d/2 angles
+    cos_sin: tuple[Tensor, Tensor],  # each (B, 1, T, d), at least fp32, of the d/2 angles: (cos, cos) and (-sin, sin)
 ) -> Tensor:  # (B, H, T, D)
     """Rotates the first d dimensions, dimension i paired with i + d/2 (the half convention of LLaMA and GPT-NeoX)."""
     cos, sin = cos_sin
@@ -323,15 +336,14 @@ class Attention(nn.Module):
 
         On the CPU too, where torch's bf16 kernels take four to six times as long as the fp32 ones.
         """
-        p, causal = self.dropout if self.training else 0.0, mask is None and q.shape[2] > 1
-        how: Any = {"attn_mask": mask, "dropout_p": p, "is_causal": causal, "enable_gqa": self.grouped}
         wide = torch.promote_types(q.dtype, torch.float32)
         alibi = mask is not None and mask.dtype not in (torch.bool, q.dtype)
-        plain = q.dtype == wide and not torch.is_autocast_enabled(q.device.type)
-        if plain or (q.device.type != "cpu" and not alibi):
-            return F.scaled_dot_product_attention(q, k, v, **how)
-        with no_autocast(q.device.type):
-            return F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), **how).to(q.dtype)
+        narrow = q.dtype != wide or torch.is_autocast_enabled(q.device.type)
+        if narrow and (alibi or q.device.type == "cpu"):
+            with no_autocast(q.device.type):
+                return self.attend(q.to(wide), k.to(wide), v.to(wide), mask).to(q.dtype)
+        p, causal = self.dropout if self.training else 0.0, mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, mask, p, causal, enable_gqa=self.grouped)
 
 
 class MLP(nn.Module):
@@ -461,13 +473,11 @@ class Trunk(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         bias = None
         if config.position == "alibi":
-            slopes = torch.tensor(alibi_slopes(config.n_head), dtype=wide, device=x.device)
-            bias = slopes[:, None, None] * keys[:, None, None].to(wide)  # (B, H, 1, S)
+            bias = alibi_column(config.n_head, wide, x.device) * keys[:, None, None].to(wide)  # (B, H, 1, S)
         rope = None
         if config.position == "rotary":
-            angle = positions[:, None, :, None] * rope_frequencies(config, wide, x.device)  # (B, 1, T, d/2)
-            cos, sin = angle.cos(), angle.sin()
-            rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            angle = positions[:, None, :, None] * rope_row(config, wide, x.device)  # (B, 1, T, d)
+            rope = angle.cos(), angle.sin()
         windows = [config.window(i) for i in range(config.n_layer)]
         masks = {w: visible(mask, keys, T, w, bias, texts) for w in set(windows)}
         return View(positions, [masks[w] for w in windows], rope)

@@ -332,7 +332,7 @@ def test_alibi_slopes():
 def test_rotation_by_hand():
     """D = 4, θ = 100: angles p and p/10; dimension i goes with i + 2."""
     config = ModelConfig("llama", n_head=1, d_model=4, rope_theta=100.0)
-    f = rope_frequencies(config, torch.float64, torch.device("cpu"))
+    f = rope_frequencies(config, torch.empty(0, dtype=torch.float64))
     assert_close(f, [1.0, 0.1], fp64)
     angle = torch.cat([f, f])[None, None, None] * 3  # position 3
     x = torch.tensor([1.0, 2.0, 0.0, -1.0], dtype=torch.float64).view(1, 1, 1, 4)
@@ -344,15 +344,15 @@ def test_rotation_by_hand():
 
 def test_scaled_frequencies_by_hand():
     """Factor 4, low 1, high 4, n = 40: wavelengths below 10 stay, above 40 are stretched, 20 is a third of the way."""
-    like = torch.float64, torch.device("cpu")
+    like = torch.empty(0, dtype=torch.float64)
     theta = (20 / (2 * math.pi)) ** 2  # D = 4: wavelengths 2π and 20
     config = ModelConfig("llama", n_head=1, d_model=4, rope_theta=theta, rope_factor=4.0, rope_llama3=(1.0, 4.0, 40))
     f = 2 * math.pi / 20
-    assert_close(rope_frequencies(config, *like), [1.0, f / 4 * 2 / 3 + f / 3], fp64)  # s = (40/20 - 1) / 3
+    assert_close(rope_frequencies(config, like), [1.0, f / 4 * 2 / 3 + f / 3], fp64)  # s = (40/20 - 1) / 3
     config = ModelConfig("llama", n_head=1, d_model=4, rope_theta=1e6, rope_factor=4.0, rope_llama3=(1.0, 4.0, 40))
-    assert_close(rope_frequencies(config, *like), [1.0, 1e-3 / 4], fp64)
+    assert_close(rope_frequencies(config, like), [1.0, 1e-3 / 4], fp64)
     linear = ModelConfig("llama", n_head=1, d_model=4, rope_theta=1e4, rope_factor=2.0)
-    assert_close(rope_frequencies(linear, *like), [0.5, 0.005], fp64)
+    assert_close(rope_frequencies(linear, like), [0.5, 0.005], fp64)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])

@@ -2,6 +2,7 @@
 
 python benchmarks/sampling.py                      4 layers of 256, vocabulary 4096: GPT-2, BLOOM and LLaMA kinds
 python benchmarks/sampling.py --shape gpt2-small   12 layers of 768, vocabulary 50257, fp32 and bf16
+python benchmarks/sampling.py --profile            and what our time goes into, kernel by kernel
 """
 
 import argparse
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     ceilings((torch.float32, torch.bfloat16))
     for dtype in (torch.float32, torch.bfloat16) if args.shape == "gpt2-small" else (torch.float32,):
@@ -72,6 +74,10 @@ def main() -> None:
             label = f"{args.shape} {kind} {str(dtype)[6:]} batch {args.batch}"
             goal = {"transformers": GOALS[args.shape, dtype]}
             compare(label, ours, {"transformers": transformers}, runs=args.runs, target=goal)
+            if args.profile:
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                    ours()
+                print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 
 if __name__ == "__main__":

@@ -325,7 +325,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = rotate(torch.cat([q, k], 1), rope).split_with_sizes(self.shares[:2], 1)
+            q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = self.attend(q, k, v, mask)

@@ -47,7 +47,8 @@ def bare(module: Any, kinds: dict[type, type] | None = None) -> Any:
         return module
     stand_in: Any = object.__new__(kinds[type(module)])
     children = {name: bare(child, kinds) for name, child in module._modules.items()}
-    vars(stand_in).update(vars(module) | module._parameters | module._buffers | children)
+    found = module._parameters | module._buffers | children | vars(module)  # the last is what Python finds first
+    vars(stand_in).update(found)
     return stand_in
 
 

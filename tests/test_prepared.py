@@ -84,6 +84,13 @@ def test_whoever_wants_to_see_a_call_sees_it(calls):
         assert_close(made, model.hidden(ids), exact)
 
 
+def test_what_covers_a_parameter_covers_it_in_a_stand_in():
+    """As gathered weights cover their shards."""
+    model = make("llama", torch.float32)
+    vars(model.head)["weight"] = torch.ones(1, 16)
+    assert_close(bare(model).head(torch.ones(1, 16)), torch.tensor([[16.0]]), exact)
+
+
 def test_a_function_of_the_class_may_change_between_two_answers(monkeypatch):
     """Who tries something out changes the model in one place."""
     before = run(lm(), PROMPTS, rng=streams(5))

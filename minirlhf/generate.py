@@ -135,6 +135,8 @@ def _decode(
             bad = rows[~logprob.isfinite()][0].item()
             raise NonFiniteError(f"logits of row {bad} at new token {t} are NaN or infinite")
         tokens[rows, t], logprobs[rows, t] = token, logprob
+        if t + 1 == R:
+            break
         over = [last in sampling.eos_token_ids for last in token.tolist()]
         if stop:
             over = [end or stop(answer) for end, answer in zip(over, tokens[rows, : t + 1].tolist(), strict=True)]
@@ -142,7 +144,7 @@ def _decode(
             done = torch.tensor(over, device=device)  # (b,)
             lengths[rows[done]] = t + 1
             rows, token, cache = rows[~done], token[~done], cache.rows((~done).nonzero()[:, 0])
-        if len(rows) == 0 or t + 1 == R:
+        if len(rows) == 0:
             break
         real = prefix[rows, : P + t + 1] if padded else None  # (b', P+t+1)
         hidden = model.hidden(token[:, None], real, cache=cache)[:, -1]  # (b', C)

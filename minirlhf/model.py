@@ -267,8 +267,6 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., size) → same shape and dtype
         """Weights of a wider dtype than x widen the computation, not the result."""
-        if self.ready is not None:
-            return self.ready(x)
         weight, bias = self.weight, self.bias
         if x.dtype == torch.bfloat16 or x.dtype != weight.dtype:
             wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
@@ -276,6 +274,8 @@ class Norm(nn.Module):
         return self._norm(x, weight, bias)
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.ready is not None:
+            return self.ready(x)
         if bias is None:
             return torch.rms_norm(x, self.size, weight, self.eps)
         return torch.layer_norm(x, self.size, weight, bias, self.eps)

@@ -116,9 +116,8 @@ def _one_call(layers: list[Linear], rows: int, activation: str) -> Ready | None:
 
 def _rms(norm: Norm) -> Ready | None:
     """RMSNorm as √C w x / √(|x|² + Cε): four calls, of which torch makes seven on a CPU."""
-    weight, (C,) = norm.weight, norm.size
-    cpu = weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if norm.bias is not None or weight.dtype != torch.float32 or not cpu:
+    if norm.bias is not None or norm.weight.device.type != "cpu":
         return None
-    scale, floor = weight * C**0.5, torch.tensor((C * norm.eps) ** 0.5)
+    (C,), wide = norm.size, torch.promote_types(norm.weight.dtype, torch.float32)
+    scale, floor = norm.weight.to(wide) * C**0.5, torch.tensor((C * norm.eps) ** 0.5, dtype=wide)
     return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * scale

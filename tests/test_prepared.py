@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_generate import PROMPTS, lm, run, streams
 from test_model import FAMILY, make, padded, tokens
-from tolerance import assert_close, bf16, exact, fp32
+from tolerance import assert_close, bf16, exact, fp32, fp64
 from torch import nn
 
 from minirlhf import prepared as prepared_module
@@ -111,7 +111,7 @@ def test_global_hooks_see_every_call(monkeypatch):
     assert seen["Head"] == seen["Trunk"] == 12
 
 
-# ---- fewer calls --------------------------------------------------------------------------------------
+# ---- fewer calls ----------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
@@ -234,12 +234,26 @@ def test_rms_norm_in_fewer_calls(size, scale):
 
 
 def test_rms_norm_stays_what_it_is_elsewhere():
-    """bf16 squares have too few digits; a bias makes it a layer norm."""
-    assert prepared_module._rms(Norm("rms", 4, 1e-6).bfloat16()) is None
     assert prepared_module._rms(Norm("rms", 4, 1e-6).to("meta")) is None
     assert prepared_module._rms(Norm("layer", 4, 1e-6)) is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert prepared_module._rms(Norm("rms", 4, 1e-6)) is None
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("inputs", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rms_norm_is_as_wide_in_fewer_calls(weights, inputs, autocast):
+    """Computed in the wider of fp32, weights and inputs, given back as the inputs are."""
+    rng = torch.Generator().manual_seed(0)
+    norm, x = Norm("rms", 256, 1e-6).to(weights), torch.randn(5, 256, generator=rng, dtype=torch.float64).to(inputs)
+    norm.weight.data.normal_(generator=rng)
+    norm.ready = prepared_module._rms(norm)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        made = norm(x)
+    wide = x.double()
+    truth = norm.weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    near = fp64 if weights == inputs == torch.float64 else bf16 if inputs == torch.bfloat16 else fp32
+    assert made.dtype == inputs
+    assert_close(made, truth.detach().to(inputs), near)
 
 
 def test_norms_of_queries_and_keys(monkeypatch):

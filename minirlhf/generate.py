@@ -136,7 +136,7 @@ def _decode(
             raise NonFiniteError(f"logits of row {bad} at new token {t} are NaN or infinite")
         tokens[rows, t], logprobs[rows, t] = token, logprob
         if t + 1 == R:
-            break
+            break  # nobody asks what comes next
         over = [last in sampling.eos_token_ids for last in token.tolist()]
         if stop:
             over = [end or stop(answer) for end, answer in zip(over, tokens[rows, : t + 1].tolist(), strict=True)]

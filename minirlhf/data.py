@@ -85,7 +85,9 @@ def microbatches(rows: Sequence[int], size: int, length: Callable[[int], int]) -
     return dist.mine([[ordered[i] for i in group] for group in cut(len(ordered), size)])
 
 
-def pad(rows: Sequence[Sequence[Any]], value: Any, *, left: bool = False, device: str = "cpu") -> Tensor:  # (B, T)
+def pad(
+    rows: Sequence[Sequence[Any]], value: Any, *, left: bool = False, device: str | torch.device = "cpu"
+) -> Tensor:  # (B, T)
     """Rows of unequal length as one tensor."""
     width = max(map(len, rows))
     fill = ([value] * (width - len(row)) for row in rows)

@@ -92,7 +92,8 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
     model.eval()
     try:
         rows = len(input_ids) * num_return_sequences
-        with torch.inference_mode(), prepared(model, rows, max_new_tokens) as ready:
+        with torch.inference_mode():
+            ready = prepared(model, rows, max_new_tokens)
             made = _decode(ready, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
         return Generation(made.tokens.clone(), made.mask.clone(), made.logprobs.clone())
     finally:

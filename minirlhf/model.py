@@ -211,14 +211,12 @@ class Cache:
 class Linear(nn.Linear):
     """nn.Linear that draws nothing: `initialize` draws every weight from one explicit generator."""
 
-    ready: Ready | None = None  # while `generate` runs
-
     def reset_parameters(self) -> None:
         """Leaves the memory as it is."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., n_in) → (..., n_out)
         """x Wᵀ + b."""
-        return linear(x, self.weight, self.bias) if self.ready is None else self.ready(x)
+        return linear(x, self.weight, self.bias)
 
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
@@ -237,7 +235,7 @@ class Head(Linear):
 
         A logit does not depend on how many others there are, which would choose the library: see `prune_vocab`.
         """
-        return self.logits(x, self.weight) if self.ready is None else self.ready(x)
+        return self.logits(x, self.weight)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:  # (..., C), (n_out, C) → (..., n_out)
         """x Wᵀ, at least fp32."""
@@ -257,8 +255,6 @@ class Embedding(nn.Embedding):
 class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016, arXiv 1607.06450) or RMSNorm (Zhang, Sennrich 2019, arXiv 1910.07467); fp32 inside."""
 
-    ready: Ready | None = None  # while `generate` runs
-
     def __init__(self, kind: str, size: int, eps: float) -> None:
         super().__init__()
         self.size, self.eps = (size,), eps
@@ -274,8 +270,6 @@ class Norm(nn.Module):
         return self._norm(x, weight, bias)
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.ready is not None:
-            return self.ready(x)
         if bias is None:
             return torch.rms_norm(x, self.size, weight, self.eps)
         return torch.layer_norm(x, self.size, weight, bias, self.eps)
@@ -284,12 +278,12 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, arXiv 1706.03762), keys in groups (Ainslie 2023, arXiv 2305.13245)."""
 
-    ready: Ready | None = None  # while `generate` runs: q, k and v side by side
+    ready: Ready | None = None  # in a stand-in of `prepared`: q, k and v side by side
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.d_model
-        self.shares, self.head_dim, self.layout, self.dropout = (H, K, K), D, config.qkv, config.attn_dropout
+        self.sizes, self.layout, self.dropout = (H, K, D), config.qkv, config.attn_dropout
         self.grouped = K != H
         if config.qkv == "split":
             self.q = Linear(C, H * D, bias=config.qkv_bias)
@@ -301,16 +295,27 @@ class Attention(nn.Module):
         self.k_norm = Norm("rms", D, config.norm_eps) if config.qk_norm else None
         self.out = Linear(H * D, C, bias=config.out_bias)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:  # (B, T, C) → (B, H, T, D), (B, H_kv, T, D) twice
-        """Queries, keys and values; the packed matrix keeps the row order of the family's files."""
+    def heads(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, ...]:  # (B, T, C) → (B, H, T, D), (B, H_kv, T, D) twice
+        """Queries, keys and values, ready for attention; a packed matrix keeps the row order of the family's files."""
         B, T, _ = x.shape
-        D = self.head_dim
+        H, K, D = self.sizes
         if self.layout == "heads":
-            return self.qkv(x).view(B, T, -1, 3, D).permute(3, 0, 2, 1, 4).unbind(0)
-        if self.layout == "split" and self.ready is None:
-            return tuple(layer(x).view(B, T, -1, D).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        qkv = self.qkv(x) if self.ready is None else self.ready(x)
-        return qkv.view(B, T, -1, D).transpose(1, 2).split_with_sizes(self.shares, 1)
+            q, k, v = self.qkv(x).view(B, T, -1, 3, D).permute(3, 0, 2, 1, 4).unbind(0)
+        elif self.layout == "split" and self.ready is None:
+            q, k, v = (layer(x).view(B, T, -1, D).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        else:
+            qkv = (self.qkv(x) if self.ready is None else self.ready(x)).view(B, T, -1, D).transpose(1, 2)
+            if rope is not None and self.q_norm is None:  # queries and keys lie side by side: one rotation
+                qk, v = qkv.split_with_sizes((H + K, K), 1)
+                return *rotate(qk, rope).split_with_sizes((H, K), 1), v
+            q, k, v = qkv.split_with_sizes((H, K, K), 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return q, k, v
 
     def forward(
         self,
@@ -321,11 +326,7 @@ class Attention(nn.Module):
         layer: int,
     ) -> Tensor:  # (B, T, C)
         """softmax(q kᵀ / √D + bias) v, over the cached tokens and the new ones."""
-        q, k, v = self.heads(x)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = self.heads(x, rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = self.attend(q, k, v, mask)
@@ -349,7 +350,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(up x)), or down(act(gate x) · up x) with a gate (Shazeer 2020, arXiv 2002.05202)."""
 
-    ready: Ready | None = None  # while `generate` runs: act(up x), or gate x and up x side by side
+    ready: Ready | None = None  # in a stand-in of `prepared`: act(up x), or gate x and up x side by side
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

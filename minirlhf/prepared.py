@@ -2,11 +2,11 @@
 
 Between the products of a small model, half of a step is spent on finding things: each product brings its weight into
 the library's own layout, and nn.Module searches for every attribute and every hook. Here both are done once, before the
-first step. The model is not written a second time: its own `forward` functions run, on stand-ins for its modules.
+first step. The model is not written a second time: its own `forward` functions run, on stand-ins for its modules. Only
+layers and RMSNorm are replaced, by one function each that computes the same.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,66 +17,53 @@ from torch.nn.modules.module import _has_any_global_hook
 from minirlhf.model import MLP, Attention, Block, CausalLM, Embedding, Head, Linear, Norm, Trunk
 from minirlhf.products import Ready, packed
 
-PLAIN = (CausalLM, Trunk, Block, Attention, MLP, Linear, Head, Norm, Embedding)  # whose calls can do without nn.Module
+KINDS = (CausalLM, Trunk, Block, Attention, MLP, Linear, Head, Norm, Embedding)
+PLAIN: dict[type, Callable[..., Any]] = {kind: kind.forward for kind in KINDS}  # whose calls can do without nn.Module
 WORTH_PREPARING = 16  # steps from which on a second layout of the weights pays
 
 
-@contextmanager
-def prepared(model: CausalLM, rows: int, steps: int) -> Iterator[CausalLM]:
+def prepared(model: CausalLM, rows: int, steps: int) -> CausalLM:
     """The model for so many steps of so many rows; another kind of model, or of layer in it, stays what it is."""
-    found = dict(_faster(model, rows)) if steps >= WORTH_PREPARING else {}
-    try:
-        for module, ready in found.items():
-            module.ready = ready
-        yield bare(model)
-    finally:
-        for module in found:
-            module.ready = None
+    made: CausalLM = stand_in(model, rows if steps >= WORTH_PREPARING else 0, {kind: _class(kind) for kind in PLAIN})
+    return made
 
 
-def bare(module: Any, kinds: dict[type, type] | None = None) -> Any:
-    """A stand-in with the module's attributes, parameters, children and functions, whose call is `forward` at once.
+def stand_in(module: Any, rows: int, classes: dict[type, type]) -> Any:  # rows: 0 leaves the weights where they are
+    """What has the module's attributes, parameters, children and functions, and whose call is `forward` at once.
 
     A module of another kind, or one whose call does more, such as an adapter's hook, stands for itself. What `forward`
     writes on a stand-in is not kept.
     """
-    kinds = kinds or {kind: _kind(kind) for kind in PLAIN}
     if type(module) is nn.ModuleList:
-        return [bare(child, kinds) for child in module]
-    if type(module) not in kinds or watched(module):
+        return [stand_in(child, rows, classes) for child in module]
+    if not plain(module):
         return module
-    stand_in: Any = object.__new__(kinds[type(module)])
-    children = {name: bare(child, kinds) for name, child in module._modules.items()}
+    layers, activation = _layers(module) if rows else ([], "")
+    ready = _one_call(layers, rows, activation) if layers else _rms(module) if rows and type(module) is Norm else None
+    if ready is not None and type(module) in (Linear, Head, Norm):
+        return ready
+    within = () if ready is None else layers
+    children = {name: stand_in(x, 0 if x in within else rows, classes) for name, x in module._modules.items()}
+    made: Any = object.__new__(classes[type(module)])
     found = module._parameters | module._buffers | children | vars(module)  # the last is what Python finds first
-    vars(stand_in).update(found)
-    return stand_in
+    vars(made).update(found | ({} if ready is None else {"ready": ready}))
+    return made
 
 
-def _kind(kind: type) -> type:
+def _class(kind: type) -> type:
     """A class with the functions of a module class that are not nn.Module's."""
     bases = [vars(base) for base in reversed(kind.__mro__) if base not in (object, nn.Module)]
     own = {name: value for base in bases for name, value in base.items() if not name.startswith("__")}
     return type(kind.__name__, (), own | {"__call__": own["forward"]})
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether a call of the module is more than its class's `forward`."""
+def plain(module: Any) -> bool:
+    """Whether a call of the module is `forward` as its class is written, and nothing more."""
+    forward = PLAIN.get(type(module))
+    if forward is None or type(module).forward is not forward:
+        return False
     hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
-    return bool(hooks or module._compiled_call_impl or "forward" in vars(module))
-
-
-def _faster(model: CausalLM, rows: int) -> Iterator[tuple[Any, Ready]]:
-    """Modules and what does their work in fewer calls; not the layers within one of them."""
-    within: set[nn.Module] = set()
-    for module in model.modules():
-        layers, activation = _layers(module)
-        if isinstance(module, Norm):
-            ready = _rms(module)
-        else:
-            ready = _one_call(layers, rows, activation) if layers and module not in within else None
-        if ready is not None:
-            within.update(layers)
-            yield module, ready
+    return not (hooks or module._compiled_call_impl or "forward" in vars(module))
 
 
 def _layers(module: nn.Module) -> tuple[list[Linear], str]:
@@ -94,7 +81,7 @@ def _layers(module: nn.Module) -> tuple[list[Linear], str]:
         inner = [module.gate, module.up]
     elif isinstance(module, MLP):
         inner, activation = [module.up], module.activation
-    layers = [x for x in inner if type(x) is Linear and not watched(x)]
+    layers = [x for x in inner if isinstance(x, Linear) and type(x) is Linear and plain(x)]
     return (layers, activation) if len(layers) == len(inner) else ([], "")
 
 
@@ -120,4 +107,10 @@ def _rms(norm: Norm) -> Ready | None:
         return None
     (C,), wide = norm.size, torch.promote_types(norm.weight.dtype, torch.float32)
     scale, floor = norm.weight.to(wide) * C**0.5, torch.tensor((C * norm.eps) ** 0.5, dtype=wide)
-    return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * scale
+
+    def call(x: Tensor) -> Tensor:  # (..., C) → same shape and dtype
+        y = x if x.dtype == wide else x.to(torch.promote_types(x.dtype, wide))
+        y = (y / torch.linalg.vector_norm(y, dim=-1, keepdim=True).hypot_(floor)).mul_(scale)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    return call

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerance import assert_close
 
-from minirlhf import ops, prepared
+from minirlhf import generate, ops
 from minirlhf.config import PPOSection
 from minirlhf.heads import RewardModel, ValueModel
 from minirlhf.model import CausalLM, ModelConfig
@@ -52,8 +52,7 @@ def test_turning_all_off_changes_no_more_than_rounding(fast, monkeypatch):
     """Off: torch's own products, no packed weights, modules for stand-ins, a tile per quarter of the head's rows."""
     rollout, metrics, weights = iteration()
     assert metrics["val/first_ratio_gap"] == 0
-    monkeypatch.setattr(prepared, "WORTH_PREPARING", 10**9)
-    monkeypatch.setattr(prepared, "bare", lambda model: model)
+    monkeypatch.setattr(generate, "prepared", lambda model, *_: model)
     monkeypatch.setattr(ops, "BUDGET", {"cpu": 4 * 97, "cuda": 4 * 97})
     with torch.backends.mkldnn.flags(enabled=False):
         plain_rollout, plain_metrics, plain_weights = iteration()

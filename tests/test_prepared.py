@@ -11,13 +11,17 @@ from torch import nn
 
 from minirlhf import prepared as prepared_module
 from minirlhf import products
-from minirlhf.errors import NonFiniteError
 from minirlhf.generate import generate
 from minirlhf.lora import LoRAConfig, adapter_parameters, add_adapter, use_adapter
 from minirlhf.model import MLP, Attention, Cache, CausalLM, Linear, ModelConfig, Norm
-from minirlhf.prepared import PLAIN, bare, prepared
+from minirlhf.prepared import PLAIN, prepared
 
 # ---- stand-ins ------------------------------------------------------------------------------------------------------
+
+
+def bare(model):
+    """Stand-ins for the modules and nothing else."""
+    return prepared(model, 1, 1)
 
 
 @pytest.fixture
@@ -93,9 +97,16 @@ def test_what_covers_a_parameter_covers_it_in_a_stand_in():
 
 def test_a_function_of_the_class_may_change_between_two_answers(monkeypatch):
     """Who tries something out changes the model in one place."""
-    before = run(lm(), PROMPTS, rng=streams(5))
-    monkeypatch.setattr(Attention, "attend", lambda self, q, k, v, mask: q)
-    assert not torch.equal(run(lm(), PROMPTS, rng=streams(5)).tokens, before.tokens)
+    before = run(lm("llama"), PROMPTS, rng=streams(5)).tokens
+    for kind, name, change in (
+        (Attention, "attend", lambda self, q, k, v, mask: q),
+        (MLP, "act", lambda self, x: x),
+        (Norm, "forward", lambda self, x: 2 * x),
+        (Linear, "forward", lambda self, x: x @ self.weight.T + 1),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, change)
+            assert not torch.equal(run(lm("llama"), PROMPTS, rng=streams(5)).tokens, before), kind
 
 
 def test_global_hooks_see_every_call(monkeypatch):
@@ -119,23 +130,22 @@ def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
     monkeypatch.setattr(products, "SMALLEST", 10**12)
     for dtype in (torch.float32, torch.bfloat16):
         model = lm(dtype=dtype)
-        with prepared(model, 1, 15):
-            assert all(getattr(m, "ready", None) is None for m in model.modules())
-        with prepared(model, 1, 16):
-            ready = [m.ready for m in model.modules() if isinstance(m, Linear) and m.ready is not None]
-            if dtype == torch.bfloat16:
-                assert ready[0] is model.head.ready
-                wide = ready[0].keywords["weight"]
+        for steps in (15, 16):
+            made = prepared(model, 1, steps)
+            assert type(made.trunk.blocks[0].mlp.up).__name__ == "Linear"
+            if dtype == torch.bfloat16 and steps == 16:
+                wide = made.head.keywords["weight"]
                 assert_close(wide, model.head.weight.float(), exact)
                 assert wide.dtype == torch.float32
-            assert len(ready) == (dtype == torch.bfloat16)
+            else:
+                assert type(made.head).__name__ == "Head"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_prepared_weights_are_the_plain_ones(monkeypatch, family, dtype, autocast):
-    """The fast path against its plain twin: with weights in another layout, and without; neither leaves a trace."""
+    """The fast path against its plain twin: with weights in another layout, and without."""
     config = ModelConfig(family=family, vocab_size=96, n_layer=2, n_head=4, d_model=128, max_seq_len=64)
     model = CausalLM(config, rng=torch.Generator().manual_seed(0)).to(dtype)
     ids = torch.randint(1, 96, (6, 9), generator=torch.Generator().manual_seed(1))
@@ -151,7 +161,6 @@ def test_prepared_weights_are_the_plain_ones(monkeypatch, family, dtype, autocas
         monkeypatch.undo()
     fewer = 2 * (config.qkv == "split") + config.gated  # q, k and v are one product, gate and up another
     assert len(packed) == sum(isinstance(m, Linear) for m in model.modules()) - config.n_layer * fewer
-    assert all(getattr(m, "ready", None) is None for m in model.modules())
     fast, plain = results
     if dtype == torch.float32 and not autocast:
         assert torch.equal(fast.tokens, plain.tokens)
@@ -191,9 +200,11 @@ def test_hooks_and_layers_of_others_are_called(monkeypatch, family, layer):
     model, called = lm(family, torch.float32), Counter()
     places = [f"trunk.blocks.{i}.{layer}" for i in (0, 1)]
     one, two = (model.get_submodule(place) for place in places)
-    with prepared(model, 16, 16):
-        assert all(model.get_submodule(place.rpartition(".")[0]).ready for place in places)
-        assert one.ready is two.ready is None
+    part, child = layer.split(".")
+    for block in prepared(model, 16, 16).trunk.blocks:
+        made = getattr(block, part)
+        assert made.ready is not None
+        assert type(getattr(made, child)).__name__ == "Linear"  # its work is done, it is not prepared by itself
     one.register_forward_pre_hook(lambda *a: called.update(["before"]))
     two.register_forward_hook(lambda *a: called.update(["after"]))
     run(model, PROMPTS, rng=streams(5), eos_token_id=None)
@@ -208,15 +219,6 @@ def test_hooks_and_layers_of_others_are_called(monkeypatch, family, layer):
         fp32,
     )
     assert called["other"]
-
-
-def test_weights_are_released_when_sampling_fails():
-    model = CausalLM(ModelConfig(vocab_size=4096, n_layer=1, n_head=4, d_model=256), rng=torch.Generator())
-    with torch.no_grad():
-        model.trunk.final_norm.weight.fill_(torch.nan)
-    with pytest.raises(NonFiniteError):
-        generate(model, torch.ones(16, 4, dtype=torch.long), max_new_tokens=32, eos_token_id=0, pad_token_id=0)
-    assert all(getattr(m, "ready", None) is None for m in model.modules())
 
 
 @pytest.mark.parametrize("size", [1, 7, 256])
@@ -247,9 +249,8 @@ def test_rms_norm_is_as_wide_in_fewer_calls(weights, inputs, autocast):
     norm = Norm("rms", 200, 1e-6).to(weights)
     x = (torch.randn(5, 200, generator=rng, dtype=torch.float64) * 1e-3).to(inputs)  # as large as √ε
     norm.weight.data.normal_(generator=rng)
-    norm.ready = prepared_module._rms(norm)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        made = norm(x)
+        made = prepared_module._rms(norm)(x)
     wide = x.double()
     truth = norm.weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     near = fp64 if weights == inputs == torch.float64 else bf16 if inputs == torch.bfloat16 else fp32

@@ -417,7 +417,7 @@ def main():
         totals.append(report(module, source, run_all(module, args.jobs, found), show=bool(args.line)))
     if totals:
         n, killed, equivalent, gaps = map(sum, zip(*totals, strict=True))
-        print(f"all: {killed} of {n} killed ({100 * killed / n:.1f} %), {equivalent} equivalent, {gaps} gaps")
+        print(f"all: {killed} of {n} killed ({100 * killed / max(n, 1):.1f} %), {equivalent} equivalent, {gaps} gaps")
         sys.exit(gaps > 0)
 
 

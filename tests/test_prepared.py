@@ -97,7 +97,10 @@ def test_what_covers_a_parameter_covers_it_in_a_stand_in():
 
 def test_a_function_of_the_class_may_change_between_two_answers(monkeypatch):
     """Who tries something out changes the model in one place."""
-    before = run(lm("llama"), PROMPTS, rng=streams(5)).tokens
+    monkeypatch.setattr(prepared_module, "WORTH_PREPARING", 1)
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    model = lm("llama", torch.float32)
+    before = run(model, PROMPTS, rng=streams(5)).tokens
     for kind, name, change in (
         (Attention, "attend", lambda self, q, k, v, mask: q),
         (MLP, "act", lambda self, x: x),
@@ -106,7 +109,7 @@ def test_a_function_of_the_class_may_change_between_two_answers(monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(kind, name, change)
-            assert not torch.equal(run(lm("llama"), PROMPTS, rng=streams(5)).tokens, before), kind
+            assert not torch.equal(run(model, PROMPTS, rng=streams(5)).tokens, before), kind
 
 
 def test_global_hooks_see_every_call(monkeypatch):
@@ -146,7 +149,10 @@ def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_prepared_weights_are_the_plain_ones(monkeypatch, family, dtype, autocast):
     """The fast path against its plain twin: with weights in another layout, and without."""
-    config = ModelConfig(family=family, vocab_size=96, n_layer=2, n_head=4, d_model=128, max_seq_len=64)
+    groups = 2 if family == "llama" else 4
+    config = ModelConfig(
+        family=family, vocab_size=96, n_layer=2, n_head=4, n_kv_head=groups, d_model=128, max_seq_len=64
+    )
     model = CausalLM(config, rng=torch.Generator().manual_seed(0)).to(dtype)
     ids = torch.randint(1, 96, (6, 9), generator=torch.Generator().manual_seed(1))
     results, packed = [], []
@@ -253,9 +259,11 @@ def test_rms_norm_is_as_wide_in_fewer_calls(weights, inputs, autocast):
         made = prepared_module._rms(norm)(x)
     wide = x.double()
     truth = norm.weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    near = fp64 if weights == inputs == torch.float64 else bf16 if inputs == torch.bfloat16 else fp32
     assert made.dtype == inputs
-    assert_close(made, truth.detach().to(inputs), near)
+    if inputs == torch.bfloat16:  # rounded once
+        assert (made == truth.to(inputs)).double().mean() > 0.99
+    else:
+        assert_close(made, truth.detach().to(inputs), fp64 if weights == inputs == torch.float64 else fp32)
 
 
 def test_norms_of_queries_and_keys(monkeypatch):

@@ -127,20 +127,21 @@ def _decode(
 
     for t in range(R):
         logits = model.head(hidden)  # (b, V) at least fp32
-        seen = (prompts[rows], prefix[rows, :P], tokens[rows, :t]) if sampling.looks_back else None
+        at = rows if len(rows) < B else slice(None)  # a slice copies nothing
+        seen = (prompts[at], prefix[at, :P], tokens[at, :t]) if sampling.looks_back else None
         z = filtered(logits, sampling, t, seen)  # (b, V)
-        token, logprob = draw(z, None if uniforms is None else uniforms[rows, t])  # (b,) each
+        token, logprob = draw(z, None if uniforms is None else uniforms[at, t])  # (b,) each
         if logprob is None or z is not logits:
             logprob = token_logprobs(logits, token, temperature=sampling.temperature)
         if not logprob.isfinite().all():  # one such logit, and the sum over all of them is no number
             bad = rows[~logprob.isfinite()][0].item()
             raise NonFiniteError(f"logits of row {bad} at new token {t} are NaN or infinite")
-        tokens[rows, t], logprobs[rows, t] = token, logprob
+        tokens[at, t], logprobs[at, t] = token, logprob
         if t + 1 == R:
             break  # nobody asks what comes next
         over = [last in sampling.eos_token_ids for last in token.tolist()]
         if stop:
-            over = [end or stop(answer) for end, answer in zip(over, tokens[rows, : t + 1].tolist(), strict=True)]
+            over = [end or stop(answer) for end, answer in zip(over, tokens[at, : t + 1].tolist(), strict=True)]
         if any(over):
             done = torch.tensor(over, device=device)  # (b,)
             lengths[rows[done]] = t + 1

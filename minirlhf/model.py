@@ -165,8 +165,9 @@ def rotate(
     d = cos.shape[-1]
     if d < x.shape[-1]:
         return torch.cat([rotate(x[..., :d], cos_sin), x[..., d:]], -1)
-    wide = x.to(cos.dtype)
-    return torch.addcmul(wide * cos, wide.roll(d // 2, -1), sin).to(x.dtype)
+    wide = x if x.dtype == cos.dtype else x.to(cos.dtype)
+    y = torch.addcmul(wide * cos, wide.roll(d // 2, -1), sin)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class Cache:

@@ -14,6 +14,7 @@ from minirlhf.lora import LoRAConfig, adapter_view, add_adapter
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.ops import token_logprobs
 from minirlhf.optim import parameter_groups
+from minirlhf.prepared import prepared
 
 STEPS, ROWS, T, V = 10, 9, 8, 17
 DTYPES = (torch.float64, torch.float32)
@@ -275,7 +276,7 @@ def test_what_is_saved_on_two_ranks_goes_on_at_any_number(case):
 
 
 def looked_at(case):
-    """Logits inside `gathered` between steps, with ranks that run unequally often."""
+    """Logits inside `gathered` between steps, with ranks that run unequally often; modules can be stood in for."""
     model = build(case, torch.float64)
     (s,) = shard([model])
     optimizer, logits = adamw(model), []
@@ -288,6 +289,8 @@ def looked_at(case):
                 found = model(ids, mask)
             assert not found.requires_grad
             assert s.traffic.gathers == before
+            parts = prepared(model, 1, 1).trunk, *prepared(model, 1, 1).trunk.blocks
+            assert not any(isinstance(part, nn.Module) for part in parts)
         assert s.traffic.live == 0
         logits.append(found.numpy())
     return logits

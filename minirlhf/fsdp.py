@@ -118,6 +118,7 @@ class Unit:
         self.works: list[Any] = []
         self.in_graph = False  # the backward pass will come by
         self.forward: Callable[..., Any]
+        self.idle = False  # inside `gathered`
 
     def fetch(self) -> None:
         """Start gathering, unless that is done."""
@@ -160,6 +161,8 @@ class Unit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the block's `forward` has become."""
+        if self.owner.is_whole():
+            return self.forward(*args, **kwargs)
         if self.owner.checkpoint:  # saves nothing of what happens inside, so needs no places
             return checkpoint(self.run, *args, use_reentrant=False, **kwargs)
         with saved_tensors_hooks(self.pack, self.unpack):
@@ -232,11 +235,16 @@ class Sharded:
 
     def run_trunk(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the trunk's `forward` has become: the root is gathered, and stays for the head and the backward pass."""
-        assert torch.is_grad_enabled(), "nothing tells when a forward without gradients is over: `gathered` is for that"
-        if self.root.buffers is None:
-            self.root.place()
-        self.blocks[0].fetch()
+        if not self.is_whole():
+            if self.root.buffers is None:
+                self.root.place()
+            self.blocks[0].fetch()
         return forward(*args, **kwargs)
+
+    def is_whole(self) -> bool:
+        """Inside `gathered`. Nothing tells when a forward without gradients is over, so it must be there."""
+        assert self._whole != torch.is_grad_enabled(), "no_grad belongs inside `gathered`, gradients outside"
+        return self._whole
 
     def backward_reaches(self, unit: Unit) -> None:
         """The first sign of a block in the backward pass: gather it again, start gathering the block before it."""
@@ -284,25 +292,23 @@ class Sharded:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Whole weights for a while, without gradients: gather once, then decode without collectives.
-
-        The modules have their own `forward` then, so that `generate` can prepare them.
-        """
+        """Whole weights for a while, without gradients: gather once, then decode without collectives."""
         if self._whole:
             yield
             return
         self.finish()
         self._whole = True
-        modules = (self.model.trunk, *self.model.trunk.blocks)
-        forwards = [vars(module).pop("forward") for module in modules]
+        replaced = [module.forward for module in (self.model.trunk, *self.model.trunk.blocks)]
+        for forward in replaced:
+            forward.idle = True  # `generate`, which has no gradients, may go without
         try:
             with torch.no_grad():
                 for unit in (self.root, *self.blocks):
                     unit.place()
                 yield
         finally:
-            for module, forward in zip(modules, forwards, strict=True):
-                module.forward = forward
+            for forward in replaced:
+                forward.idle = False
             self._whole = False
             self.finish()
 

@@ -58,12 +58,16 @@ def _class(kind: type) -> type:
 
 
 def plain(module: Any) -> bool:
-    """Whether a call of the module is `forward` as its class is written, and nothing more."""
+    """Whether a call of the module is `forward` as its class is written, and nothing more.
+
+    What has been put in its place counts as nothing while it is `idle`, as in a sharded model with whole weights.
+    """
     forward = PLAIN.get(type(module))
     if forward is None or type(module).forward is not forward:
         return False
     hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
-    return not (hooks or module._compiled_call_impl or "forward" in vars(module))
+    replaced = "forward" in vars(module) and not getattr(module.forward, "idle", False)
+    return not (hooks or module._compiled_call_impl or replaced)
 
 
 def _layers(module: nn.Module) -> tuple[list[Linear], str]:
@@ -81,7 +85,7 @@ def _layers(module: nn.Module) -> tuple[list[Linear], str]:
         inner = [module.gate, module.up]
     elif isinstance(module, MLP):
         inner, activation = [module.up], module.activation
-    layers = [x for x in inner if isinstance(x, Linear) and type(x) is Linear and plain(x)]
+    layers = [x for x in inner if type(x) is Linear and plain(x)]
     return (layers, activation) if len(layers) == len(inner) else ([], "")
 
 

@@ -289,8 +289,11 @@ def looked_at(case):
                 found = model(ids, mask)
             assert not found.requires_grad
             assert s.traffic.gathers == before
-            parts = prepared(model, 1, 1).trunk, *prepared(model, 1, 1).trunk.blocks
-            assert not any(isinstance(part, nn.Module) for part in parts)
+            trunk = prepared(model, 1, 1).trunk
+            assert not any(isinstance(part, nn.Module) for part in (trunk, *trunk.blocks))
+            with torch.enable_grad(), pytest.raises(AssertionError, match="gradients outside"):
+                model(ids, mask)
+        assert prepared(model, 1, 1).trunk is model.trunk
         assert s.traffic.live == 0
         logits.append(found.numpy())
     return logits

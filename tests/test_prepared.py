@@ -50,6 +50,7 @@ def test_a_stand_in_gives_the_same_bits(calls, name, dtype):
             steps.append(each.hidden(tokens(3, 1, seed=t), mask_so_far, cache=cache))
         results.append(each.head(torch.cat(steps, 1)))
     assert calls["Trunk"] == 7
+    assert results[0].dtype == results[1].dtype == torch.promote_types(dtype, torch.float32)
     assert_close(*results, exact)
 
 

@@ -3,6 +3,7 @@
 python benchmarks/sampling.py                      4 layers of 256, vocabulary 4096: GPT-2, BLOOM and LLaMA kinds
 python benchmarks/sampling.py --shape gpt2-small   12 layers of 768, vocabulary 50257, fp32 and bf16
 python benchmarks/sampling.py --profile            and what our time goes into, kernel by kernel
+python benchmarks/sampling.py --shape gpt2-small --batch 64     for a GPU, which is used where there is one
 """
 
 import argparse
@@ -22,6 +23,7 @@ SHAPES = {
 }
 KINDS = {"small": ("gpt2", "bloom", "llama"), "gpt2-small": ("gpt2",)}
 GOALS = {("small", torch.float32): 3.0, ("gpt2-small", torch.float32): 1.6, ("gpt2-small", torch.bfloat16): 2.4}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def contenders(shape: str, kind: str, dtype: torch.dtype, batch: int, prompt: int, new: int):
@@ -30,9 +32,10 @@ def contenders(shape: str, kind: str, dtype: torch.dtype, batch: int, prompt: in
             CausalLM(ModelConfig(family=kind, **SHAPES[shape]), rng=torch.Generator().manual_seed(0)), folder
         )
         mine = load_causal_lm(folder, dtype=dtype).requires_grad_(False)
-        model = mine if isinstance(mine, CausalLM) else mine.model
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model = (mine if isinstance(mine, CausalLM) else mine.model).to(DEVICE)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
     ids = torch.randint(SHAPES[shape]["vocab_size"], (batch, prompt), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(DEVICE)
     mask = torch.ones_like(ids)
 
     def ours():
@@ -72,7 +75,7 @@ def main() -> None:
         for kind in KINDS[args.shape]:
             ours, transformers = contenders(args.shape, kind, dtype, args.batch, args.prompt, args.new)
             label = f"{args.shape} {kind} {str(dtype)[6:]} batch {args.batch}"
-            goal = {"transformers": GOALS[args.shape, dtype]}
+            goal = {"transformers": GOALS[args.shape, dtype] if DEVICE == "cpu" else 5.0}
             compare(label, ours, {"transformers": transformers}, runs=args.runs, target=goal)
             if args.profile:
                 with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:

@@ -5,21 +5,25 @@ token and its log-prob. One thing makes it reproducible: row r draws its uniform
 the cumulative distribution, so that its answer depends neither on its neighbours nor on the batch size.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minirlhf.errors import NonFiniteError
 from minirlhf.model import Cache, CausalLM
 from minirlhf.ops import token_logprobs
 from minirlhf.prepared import prepared
 from minirlhf.rng import generator
+from minirlhf.steps import Steps, decoding
 
 Seen = tuple[Tensor, Tensor, Tensor]  # of b rows: prompt (b, P), its mask (b, P), answer so far (b, t)
 NEVER = float("-inf")
 COLDEST = 1e-6  # temperature; logits divided by far less are no numbers in fp32
+BLOCK = 64  # tokens whose probabilities are summed before they are cumulated
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,8 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
     training = model.training
     model.eval()
     try:
-        rows = len(input_ids) * num_return_sequences
         with torch.inference_mode():
-            ready = prepared(model, rows, max_new_tokens)
-            made = _decode(ready, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
+            made = _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
         return Generation(made.tokens.clone(), made.mask.clone(), made.logprobs.clone())
     finally:
         model.train(training)
@@ -110,30 +112,25 @@ def _decode(
     rng: torch.Generator | Sequence[torch.Generator] | None,
     stop: Callable[[list[int]], bool] | None,
 ) -> Generation:
-    device, R = input_ids.device, sampling.max_new_tokens
-    uniforms = row_uniforms(rng, len(input_ids) * n, R).to(device) if sampling.do_sample else None  # (B·n, R)
-    cache, hidden, source = _prefill(model, input_ids, mask, R)
-    source = source.repeat_interleave(n)  # (B·n,) distinct prompt of each row
-    if len(source) != len(hidden):
-        cache, hidden = cache.rows(source), hidden[source]  # (b, C) at the last position, b rows still open
-
-    B = len(source)
+    device, B, R = input_ids.device, len(input_ids) * n, sampling.max_new_tokens
+    uniforms = row_uniforms(rng, B, R).to(device) if sampling.do_sample else None  # (B, R)
+    ready = prepared(model, B, R)
+    prompts, mask = input_ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # (B, P)
+    hidden, step = _prefill(model, ready, prompts, mask, R)  # (b, C) at the last position, b rows still open
+    rows = torch.arange(B, device=device)  # (b,)
     tokens = torch.full((B, R), pad_token_id, device=device)
     lengths = torch.full((B,), R, device=device)
     logprobs = torch.zeros(B, R, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    prompts, rows = input_ids.repeat_interleave(n, 0), torch.arange(B, device=device)
-    prefix = torch.cat([mask.repeat_interleave(n, 0), torch.ones(B, R, dtype=torch.bool, device=device)], 1)  # (B, P+R)
-    P, padded = input_ids.shape[1], not mask.all()
 
     for t in range(R):
-        logits = model.head(hidden)  # (b, V) at least fp32
+        logits = ready.head(hidden)  # (b, V) at least fp32
         at = rows if len(rows) < B else slice(None)  # a slice copies nothing
-        seen = (prompts[at], prefix[at, :P], tokens[at, :t]) if sampling.looks_back else None
+        seen = (prompts[at], mask[at], tokens[at, :t]) if sampling.looks_back else None
         z = filtered(logits, sampling, t, seen)  # (b, V)
         token, logprob = draw(z, None if uniforms is None else uniforms[at, t])  # (b,) each
         if logprob is None or z is not logits:
             logprob = token_logprobs(logits, token, temperature=sampling.temperature)
-        if not logprob.isfinite().all():  # one such logit, and the sum over all of them is no number
+        if not math.isfinite(logprob.min()):  # one such logit, and the sum over all of them is no number
             bad = rows[~logprob.isfinite()][0].item()
             raise NonFiniteError(f"logits of row {bad} at new token {t} are NaN or infinite")
         tokens[at, t], logprobs[at, t] = token, logprob
@@ -145,29 +142,37 @@ def _decode(
         if any(over):
             done = torch.tensor(over, device=device)  # (b,)
             lengths[rows[done]] = t + 1
-            rows, token, cache = rows[~done], token[~done], cache.rows((~done).nonzero()[:, 0])
-        if len(rows) == 0:
-            break
-        real = prefix[rows, : P + t + 1] if padded else None  # (b', P+t+1)
-        hidden = model.hidden(token[:, None], real, cache=cache)[:, -1]  # (b', C)
+            rows, token = rows[~done], token[~done]
+            if len(rows) == 0:
+                break
+            step.keep((~done).nonzero()[:, 0])
+        hidden = step(token)  # (b', C)
     longest = int(lengths.max())
     taken = torch.arange(longest, device=device) < lengths[:, None]  # (B, longest)
     return Generation(tokens[:, :longest], taken, logprobs[:, :longest])
 
 
-def _prefill(model: CausalLM, input_ids: Tensor, mask: Tensor, R: int) -> tuple[Cache, Tensor, Tensor]:
-    """Run each distinct prompt once → cache, hidden state at the last position, and the distinct prompt of each row."""
+def _prefill(
+    model: CausalLM,
+    ready: CausalLM,  # the same, prepared
+    input_ids: Tensor,  # (B, P)
+    mask: Tensor,  # (B, P)
+    R: int,
+) -> tuple[Tensor, Steps]:
+    """Runs each distinct prompt once → the hidden state of each row at its last position (B, C), and how to go on."""
     P = input_ids.shape[1]
     both = torch.cat([input_ids, mask.long()], 1)  # (B, 2P)
     distinct, source = torch.unique(both, dim=0, return_inverse=True)  # (U, 2P), (B,)
-    if len(distinct) == len(both):  # in their own order, which saves a copy of the cache
-        distinct, source = both, torch.arange(len(both), device=both.device)
-    ids, real = distinct[:, :P], distinct[:, P:].bool()
+    alone = len(distinct) == len(both)  # then in their own order, which saves a copy of the cache
+    ids, seen = (input_ids, mask) if alone else (distinct[:, :P], distinct[:, P:].bool())
     dtype = model.trunk.embed.weight.dtype
     if ids.device.type == "cpu":  # one query at a time is fastest in fp32
         dtype = torch.promote_types(dtype, torch.float32)
     cache = Cache(model.config, len(ids), P + R, dtype=dtype, device=input_ids.device)
-    return cache, model.hidden(ids, real, cache=cache)[:, -1], source
+    hidden = ready.hidden(ids, seen, cache=cache)[:, -1]
+    if not alone:
+        cache, hidden = cache.rows(source), hidden[source]
+    return hidden, decoding(model, ready, cache, torch.cat([mask, mask.new_ones(len(mask), R)], 1))
 
 
 def row_uniforms(rng: torch.Generator | Sequence[torch.Generator] | None, rows: int, n: int) -> Tensor:  # (rows, n)
@@ -185,15 +190,26 @@ def draw(
     logits: Tensor,  # (b, V)
     uniform: Tensor | None,  # (b,) u in [0, 1); None: greedy
 ) -> tuple[Tensor, Tensor | None]:  # (b,) each
-    """Invert the cumulative distribution: the first token whose cumulated probability exceeds u, and its log-prob,
-    which is at hand unless it is greedy."""
+    """Invert the cumulative distribution (Devroye 1986, section III.2): the first token whose cumulated probability
+    exceeds u, and its log-prob, which is at hand unless it is greedy.
+
+    In two steps, first the block of tokens and then the token in it: sums are cheaper than cumulated sums in fp64.
+    """
     if uniform is None:
         return logits.argmax(-1), None
     probs = logits.softmax(-1)  # (b, V)
-    cumulated = probs.cumsum(-1, dtype=torch.float64)
+    short = -probs.shape[-1] % BLOCK
+    blocks = (F.pad(probs, (0, short)) if short else probs).view(len(probs), -1, BLOCK)
+    sums = blocks.sum(-1)  # (b, V / BLOCK)
+    cumulated = sums.cumsum(-1, dtype=torch.float64)
     target = uniform[:, None] * cumulated[:, -1:]  # u · total, so that rounding of the total cannot matter
-    token = torch.searchsorted(cumulated, target, right=True).clamp(max=logits.shape[-1] - 1)  # (b, 1)
-    return token[:, 0], probs.gather(1, token)[:, 0].log()
+    block = (cumulated <= target).sum(-1, keepdim=True)  # (b, 1); the last one is above, since u < 1
+    beyond = (cumulated.gather(1, block) - target) / sums.gather(1, block)  # (b, 1) the part of the block above it
+    probs = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]  # (b, BLOCK)
+    cumulated = probs.cumsum(-1, dtype=torch.float64)
+    target = (1 - beyond).clamp_(min=0) * cumulated[:, -1:]
+    inside = (cumulated <= target).sum(-1, keepdim=True)  # (b, 1)
+    return (block * BLOCK + inside)[:, 0], probs.gather(1, inside)[:, 0].log()
 
 
 def filtered(

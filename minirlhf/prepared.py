@@ -39,7 +39,7 @@ def stand_in(module: Any, rows: int, classes: dict[type, type]) -> Any:  # rows:
     if not plain(module):
         return module
     layers, activation = _layers(module) if rows else ([], "")
-    ready = _one_call(layers, rows, activation) if layers else _rms(module) if rows and type(module) is Norm else None
+    ready = _one_call(layers, rows, activation) if layers else _norm(module) if rows and type(module) is Norm else None
     if ready is not None and type(module) in (Linear, Head, Norm):
         return ready
     within = () if ready is None else layers
@@ -57,17 +57,17 @@ def _class(kind: type) -> type:
     return type(kind.__name__, (), own | {"__call__": own["forward"]})
 
 
-def plain(module: Any) -> bool:
-    """Whether a call of the module is `forward` as its class is written, and nothing more.
+def plain(module: Any, *known: Callable[..., Any]) -> bool:
+    """Whether a call of the module is `forward` as its class is written, and nothing more but known hooks.
 
     What has been put in its place counts as nothing while it is `idle`, as in a sharded model with whole weights.
     """
     forward = PLAIN.get(type(module))
     if forward is None or type(module).forward is not forward:
         return False
-    hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
+    hooks = any(hook not in known for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
     replaced = "forward" in vars(module) and not getattr(module.forward, "idle", False)
-    return not (hooks or module._compiled_call_impl or replaced)
+    return not (hooks or _has_any_global_hook() or module._compiled_call_impl or replaced)
 
 
 def _layers(module: nn.Module) -> tuple[list[Linear], str]:
@@ -105,12 +105,31 @@ def _one_call(layers: list[Linear], rows: int, activation: str) -> Ready | None:
     return ready
 
 
-def _rms(norm: Norm) -> Ready | None:
-    """RMSNorm as √C w x / √(|x|² + Cε): four calls, of which torch makes seven on a CPU."""
-    if norm.bias is not None or norm.weight.device.type != "cpu":
+def _norm(norm: Norm) -> Ready | None:
+    """The norm in fewer calls, with weights that are as wide as it computes from the beginning."""
+    if norm.weight.device.type != "cpu":
         return None
-    (C,), wide = norm.size, torch.promote_types(norm.weight.dtype, torch.float32)
-    scale, floor = norm.weight.to(wide) * C**0.5, torch.tensor((C * norm.eps) ** 0.5, dtype=wide)
+    wide = torch.promote_types(norm.weight.dtype, torch.float32)
+    weight = norm.weight.to(wide)
+    return _rms(weight, norm.eps) if norm.bias is None else _layer(weight, norm.bias.to(wide), norm.eps)
+
+
+def _layer(weight: Tensor, bias: Tensor, eps: float) -> Ready:
+    """LayerNorm, which torch computes in fp32 within one call if x is bf16 and its weights are fp32."""
+
+    def call(x: Tensor) -> Tensor:  # (..., C) → same shape and dtype
+        if x.dtype == weight.dtype or (x.dtype == torch.bfloat16 and weight.dtype == torch.float32):
+            return torch.layer_norm(x, weight.shape, weight, bias, eps)
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        return torch.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+    return call
+
+
+def _rms(weight: Tensor, eps: float) -> Ready:
+    """RMSNorm as √C w x / √(|x|² + Cε): four calls, of which torch makes seven on a CPU."""
+    C, wide = len(weight), weight.dtype
+    scale, floor = weight * C**0.5, torch.tensor((C * eps) ** 0.5, dtype=wide)
 
     def call(x: Tensor) -> Tensor:  # (..., C) → same shape and dtype
         y = x if x.dtype == wide else x.to(torch.promote_types(x.dtype, wide))

@@ -41,6 +41,7 @@ TESTS = {
     "loss": ["test_loss.py", *MATH],
     "feedback": ["test_feedback.py"],
     "generate": ["test_generate.py", "test_prepared.py"],
+    "steps": ["test_steps.py"],
     "prepared": ["test_prepared.py"],
     "heads": ["test_heads.py", "test_train_rm.py"],
     "beam": ["test_beam.py"],

@@ -13,6 +13,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tolerance import assert_close, exact, fp32, fp64
 
 from minirlhf.errors import NonFiniteError
@@ -266,18 +268,55 @@ def test_draw_inverts_the_cumulative_distribution():
         assert draw(logits, torch.tensor([u], dtype=torch.float64))[0].item() == token
 
 
-def test_draw_sums_in_fp64_and_scales_by_the_total():
-    """fp32 probabilities ½, 2⁻²⁶, ½: ½ of their sum 1 + 2⁻²⁶ is ½ + 2⁻²⁷, which token 1 alone reaches."""
-    logits = torch.tensor([[0.0, -25 * math.log(2), 0.0]])
+@pytest.mark.parametrize("apart", [1, 64, 100])
+def test_draw_sums_in_fp64_and_scales_by_the_total(apart):
+    """fp32 probabilities ½, 2⁻²⁶, ½: ½ of their sum 1 + 2⁻²⁶ is ½ + 2⁻²⁷, which the second alone reaches."""
+    logits = torch.full((1, 2 * apart + 1), float("-inf"))
+    logits[0, ::apart] = torch.tensor([0.0, -25 * math.log(2), 0.0])
     token, logprob = draw(logits, torch.tensor([0.5], dtype=torch.float64))
-    assert token.tolist() == [1]
+    assert token.tolist() == [apart]
     assert_close(logprob, [-26 * math.log(2)], fp32)
 
 
-def test_draw_never_gives_an_excluded_token():
-    never = float("-inf")
-    logits = torch.tensor([[never, 0.0, never, 1.0, never]]).repeat(3, 1)
-    assert draw(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))[0].tolist() == [1, 3, 3]
+def test_draw_at_the_beginning_of_a_block():
+    """Sums 1 and p, whose sum rounds up: from the end of the first block to that of the second is more than p."""
+    for hundredths in range(2200, 2300):
+        logits = torch.full((1, 66), float("-inf"))
+        logits[0, 0], logits[0, 65] = 0, -hundredths / 100
+        one, p = logits.softmax(-1)[0, ::65].double().tolist()
+        u = 1 / (1 + p)
+        if one == 1 and 1 + p - 1 > p and u * (1 + p) == 1:
+            break
+    else:
+        pytest.fail("no such p among these logits")
+    token, logprob = draw(logits, torch.tensor([u], dtype=torch.float64))
+    assert token.tolist() == [65]
+    assert_close(logprob, [-hundredths / 100], fp32)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 1000])
+def test_draw_finds_every_token_of_a_vocabulary_of_any_size(size):
+    """u in the middle of a token's interval gives that token, in whichever block it lies."""
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    p = softmax(logits.tolist())
+    middle = [sum(p[:i]) + p[i] / 2 for i in range(size)]
+    token, logprob = draw(logits.repeat(size, 1), torch.tensor(middle, dtype=torch.float64))
+    assert token.tolist() == list(range(size))
+    assert_close(logprob, [math.log(x) for x in p], fp32)
+
+
+@given(
+    size=st.integers(1, 200),
+    allowed=st.sets(st.integers(0, 199), min_size=1, max_size=5),
+    u=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 2**-53, 1 - 2**-53])),
+)
+def test_draw_keeps_to_what_is_allowed(size, allowed, u):
+    allowed = {i % size for i in allowed}
+    logits = torch.full((1, size), float("-inf"))
+    logits[0, list(allowed)] = torch.linspace(0, -9, len(allowed))
+    token, logprob = draw(logits, torch.tensor([u], dtype=torch.float64))
+    assert token.item() in allowed
+    assert logprob.isfinite().all()
 
 
 def test_log_probs_are_those_of_the_unfiltered_policy():
@@ -704,8 +743,8 @@ def test_settings_and_answers_are_not_changed_by_accident():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_is_fp32_on_the_cpu(dtype):
-    ids, mask = padded(PROMPTS)
-    cache, _, _ = generate_module._prefill(lm(dtype=dtype), ids, mask, 3)
+    model = lm(dtype=dtype)
+    cache = generate_module._prefill(model, model, *padded(PROMPTS), 3)[1].cache
     assert {t.dtype for t in (*cache.keys, *cache.values)} == {torch.float32}
 
 

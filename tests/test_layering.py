@@ -13,7 +13,7 @@ FLOORS = [
     "errors rng families safefile products",
     "config dist masked tokenizer lora_config lora",
     "rows readers formats templates review_world data log ops model",
-    "heads hf_config pretrained prepared generate fsdp engine optim",
+    "heads hf_config pretrained prepared steps generate fsdp engine optim",
     "reward advantage loss",
     "rollout ppo alarms checkpoint run",
 ]  # what is not named here is the top floor: what a person looks at and talks to

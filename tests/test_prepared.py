@@ -228,43 +228,73 @@ def test_hooks_and_layers_of_others_are_called(monkeypatch, family, layer):
     assert called["other"]
 
 
+def test_a_hook_may_be_any_object_that_can_be_called():
+    class Watch(list):  # not hashable
+        def __call__(self, module, args, output):
+            self.append(output)
+
+    model, watch = lm("gpt2"), Watch()
+    model.trunk.blocks[1].register_forward_hook(watch)
+    run(model, PROMPTS, rng=streams(5), eos_token_id=None, max_new_tokens=4)
+    assert len(watch) == 4
+
+
+def norm_of(kind, size, dtype=torch.float32):
+    """A norm with weights and biases of all sizes."""
+    norm, rng = Norm(kind, size, 1e-6).to(dtype), torch.Generator().manual_seed(1)
+    for p in norm.parameters():
+        p.data.normal_(generator=rng)
+    return norm
+
+
+def normed(norm, x):
+    """w (x - mean x) / √(mean (x - mean x)² + ε) + b in fp64, for RMSNorm without mean and b."""
+    x = x.double() if norm.bias is None else x.double() - x.double().mean(-1, keepdim=True)
+    y = norm.weight.double() * x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    return (y if norm.bias is None else y + norm.bias.double()).detach()
+
+
 @pytest.mark.parametrize("size", [1, 7, 256])
 @pytest.mark.parametrize("scale", [0.0, 1e-5, 1e-3, 1.0, 1e6])
 def test_rms_norm_in_fewer_calls(size, scale):
-    """√C w x / √(|x|² + Cε) is w x / √(mean x² + ε), also where ε decides, and for nothing but zeros."""
-    rng = torch.Generator().manual_seed(0)
-    norm, x = Norm("rms", size, 1e-6), torch.randn(3, 2, size, generator=rng) * scale
-    norm.weight.data.normal_(generator=rng)
+    """√C w x / √(|x|² + Cε), also where ε decides, and for nothing but zeros."""
+    norm, x = norm_of("rms", size), torch.randn(3, 2, size, generator=torch.Generator().manual_seed(0)) * scale
     with torch.inference_mode():
-        made = prepared_module._rms(norm)(x)
-    wide = x.double()
-    truth = norm.weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    assert_close(made.double(), truth.detach(), {"rtol": 5e-7, "atol": 0.0})
+        made = prepared_module._norm(norm)(x)
+    assert_close(made.double(), normed(norm, x), {"rtol": 5e-7, "atol": 0.0})
 
 
-def test_rms_norm_stays_what_it_is_elsewhere():
-    assert prepared_module._rms(Norm("rms", 4, 1e-6).to("meta")) is None
-    assert prepared_module._rms(Norm("layer", 4, 1e-6)) is None
+def test_norms_stay_what_they_are_elsewhere():
+    for kind in ("rms", "layer"):
+        assert prepared_module._norm(Norm(kind, 4, 1e-6).to("meta")) is None
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("inputs", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("inputs", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_rms_norm_is_as_wide_in_fewer_calls(weights, inputs, autocast):
+def test_norms_are_as_wide_in_fewer_calls(kind, weights, inputs, autocast):
     """Computed in the wider of fp32, weights and inputs, given back as the inputs are."""
-    rng = torch.Generator().manual_seed(0)
-    norm = Norm("rms", 200, 1e-6).to(weights)
-    x = (torch.randn(5, 200, generator=rng, dtype=torch.float64) * 1e-3).to(inputs)  # as large as √ε
-    norm.weight.data.normal_(generator=rng)
+    norm = norm_of(kind, 200, weights)
+    x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-3  # as large as √ε
+    x = x.to(inputs)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        made = prepared_module._rms(norm)(x)
-    wide = x.double()
-    truth = norm.weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        made = prepared_module._norm(norm)(x)
+    truth = normed(norm, x)
     assert made.dtype == inputs
-    if inputs == torch.bfloat16:  # rounded once
+    if inputs.itemsize == 2:  # rounded once
         assert (made == truth.to(inputs)).double().mean() > 0.99
     else:
-        assert_close(made, truth.detach().to(inputs), fp64 if weights == inputs == torch.float64 else fp32)
+        assert_close(made, truth.to(inputs), fp64 if weights == inputs == torch.float64 else fp32)
+
+
+def test_layer_norm_of_bf16_is_one_call(monkeypatch):
+    """torch widens within it; a copy of x in fp32 before and one back would take longer than the norm."""
+    seen, layer_norm = [], torch.layer_norm
+    monkeypatch.setattr(torch, "layer_norm", lambda x, *rest: (seen.append(x.dtype), layer_norm(x, *rest))[1])
+    for weights in (torch.bfloat16, torch.float32):
+        prepared_module._norm(norm_of("layer", 8, weights))(torch.ones(2, 8, dtype=torch.bfloat16))
+    assert seen == [torch.bfloat16] * 2
 
 
 def test_norms_of_queries_and_keys(monkeypatch):

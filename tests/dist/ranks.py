@@ -1,5 +1,9 @@
-"""Run a function on W processes that form a gloo group; a forkserver imports torch once for all of them."""
+"""Run a function on W processes that form a gloo group; a forkserver imports torch once for all of them.
 
+A process that dies is an error of its rank, and one that hangs shows where and is ended: a test never waits for ever.
+"""
+
+import faulthandler
 import multiprocessing
 import os
 import tempfile
@@ -12,10 +16,11 @@ import torch.distributed as td
 
 MP = multiprocessing.get_context("forkserver")
 MP.set_forkserver_preload(["torch", "torch.distributed.fsdp", "minirlhf.fsdp", "minirlhf.heads"])
-TIMEOUT = 60  # seconds
+TIMEOUT, DEADLINE = 60, 400  # seconds: of a collective, of a process
 
 
-def child(function, rank, world, folder, queue, args):
+def child(function, rank, world, folder, answer, args):
+    faulthandler.dump_traceback_later(DEADLINE, exit=True)
     torch.set_num_threads(1)
     try:
         if world > 1:
@@ -24,9 +29,9 @@ def child(function, rank, world, folder, queue, args):
         result = function(*args)
         if world > 1:
             td.barrier()  # lest one leaves while another still connects
-        queue.put((rank, result, None))
+        answer.send((result, None))
     except BaseException:  # noqa: BLE001  (the parent shows it)
-        queue.put((rank, None, traceback.format_exc()))
+        answer.send((None, traceback.format_exc()))
     finally:
         if td.is_initialized():
             td.destroy_process_group()
@@ -36,13 +41,28 @@ def on_ranks(world, function, *args):
     """What `function(*args)` returns on each rank; plain Python values and numpy arrays only."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
-        queue = MP.SimpleQueue()
-        processes = [MP.Process(target=child, args=(function, r, world, folder, queue, args)) for r in range(world)]
-        for p in processes:
-            p.start()
-        found = sorted(queue.get() for _ in processes)
+        answers, processes = [], []
+        for rank in range(world):
+            answer, theirs = MP.Pipe(duplex=False)
+            processes.append(MP.Process(target=child, args=(function, rank, world, folder, theirs, args)))
+            processes[-1].start()
+            theirs.close()  # so that the end of the process is the end of the pipe
+            answers.append(answer)
+        found = [received(a) for a in answers]
         for p in processes:
             p.join()
-    errors = [f"rank {rank}:\n{error}" for rank, _, error in found if error]
+    errors = [
+        f"rank {rank}, exit code {p.exitcode}: {error or 'after its answer'}"
+        for rank, (p, (_, error)) in enumerate(zip(processes, found, strict=True))
+        if error or p.exitcode
+    ]
     assert not errors, "\n".join(errors)
-    return [result for _, result, _ in found]
+    return [result for result, _ in found]
+
+
+def received(answer):
+    """A rank's result and error."""
+    try:
+        return answer.recv()
+    except EOFError:
+        return None, "it ended without an answer"

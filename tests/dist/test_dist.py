@@ -1,5 +1,7 @@
 """Collectives that put rows in order, and words that rank 0 says to all."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -21,6 +23,16 @@ def test_alone_they_do_nothing():
     assert dist.mine([4, 5, 6]) == [4, 5, 6]
     assert dist.text_of_first("a") == "a"
     dist.wait_for_first("never")
+
+
+def dies():
+    if dist.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_dies_is_an_error_and_no_wait():
+    with pytest.raises(AssertionError, match="rank 1, exit code -9: it ended without an answer"):
+        on_ranks(2, dies)
 
 
 def rows():

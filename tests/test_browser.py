@@ -2,15 +2,14 @@
 
 import random
 import re
-import subprocess
-import sys
 
+import processes
 import pytest
 import webdriver
 from test_chat import folders  # noqa: F401  the fixture
 from test_label import TASKS, lines_of, serving, write_tasks
 from test_report import HOSTILE, make_run, needs_matplotlib
-from test_scripts import ENV, ROOT
+from test_scripts import script
 
 from minirlhf import review_world
 from minirlhf.formats import read_records
@@ -529,13 +528,12 @@ def test_labels_made_here_train_a_reward_model_that_agrees(desk, folders, tmp_pa
         lengths = [len(text) for text in task["responses"]]
         here.rank([1 + sum(other < length for other in lengths) for length in lengths])
         here.save()
-    command = [sys.executable, str(ROOT / "train_rm.py"), "--model.path", folders / "a", "--data.path", here.out,
-               "--run.steps", "25", "--optim.warmup_steps", "3", "--run.dir", tmp_path / "rm"]  # fmt: skip
-    how = {"env": ENV, "capture_output": True, "text": True, "timeout": 300, "check": True}
-    subprocess.run([*map(str, command)], **how)
-    done = subprocess.run([sys.executable, "-m", "minirlhf.score", str(tmp_path / "rm/final"), str(here.out)], **how)
-    assert "of 96 pairs" in done.stderr
-    assert float(re.search(r"agrees with ([\d.]+)", done.stderr)[1]) > 0.95
+    argv = ["--run.steps", "25", "--optim.warmup_steps", "3", "--run.dir", "rm"]
+    script("rm", "--model.path", folders / "a", "--data.path", here.out, *argv, cwd=tmp_path)
+    code, _, err = processes.run("-m", "minirlhf.score", "rm/final", here.out, cwd=tmp_path)
+    assert code == 0, err
+    assert "of 96 pairs" in err
+    assert float(re.search(r"agrees with ([\d.]+)", err)[1]) > 0.95
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------

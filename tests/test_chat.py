@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scripts import ENV
+from processes import ENV
 
 from minirlhf import chat, review_world, stage
 from minirlhf.generate import Sampling, generate

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from test_scripts import ENV, ROOT, script
+from processes import ENV, ROOT
+from test_scripts import script
 
 from minirlhf.errors import UsageError
 from minirlhf.log import exporter

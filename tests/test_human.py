@@ -2,12 +2,12 @@
 
 import io
 import json
-import subprocess
 import sys
 
 import pytest
+from processes import ROOT, run
 from test_chat import folders  # noqa: F401  the fixture
-from test_scripts import ENV, ROOT, TINY
+from test_scripts import TINY
 
 from minirlhf import human
 from minirlhf.errors import UsageError
@@ -39,25 +39,23 @@ def test_one_person_cannot_sit_at_several_ranks(monkeypatch):
 
 
 def ppo(model, typed, *argv):
-    command = [sys.executable, str(ROOT / "train_ppo.py"), *TINY["ppo"], "--reward.fn", "human", "--model.path", model]
-    command = [*map(str, command), *map(str, argv)]
-    how = {"env": ENV, "capture_output": True, "text": True, "timeout": 120, "check": False}
-    return subprocess.run(command, input=typed, **how)
+    command = [ROOT / "train_ppo.py", *TINY["ppo"], "--reward.fn", "human", "--model.path", model, *argv]
+    return run(*command, cwd=ROOT, text=typed)
 
 
 def test_ppo_learns_from_typed_numbers(folders, tmp_path):  # noqa: F811
     """Six answers before, 3 × 16 of the rollouts, six after: 60 numbers, of which the i-th is i."""
     typed = "".join(f"{i}\n" for i in range(60))
-    done = ppo(folders / "a", typed, "--run.log_every", "1", "--run.dir", tmp_path / "x")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("reward: ") == 60
+    code, out, err = ppo(folders / "a", typed, "--run.log_every", "1", "--run.dir", tmp_path / "x")
+    assert code == 0, err
+    assert out.count("reward: ") == 60
     metrics = [json.loads(line) for line in (tmp_path / "x/metrics.jsonl").read_text().splitlines()]
     means = [sum(range(6 + 16 * k, 22 + 16 * k)) / 16 for k in range(3)]  # 13.5, 29.5, 45.5
     assert [line["objective/scores"] for line in metrics] == means
     samples = [json.loads(line) for line in (tmp_path / "x/samples.jsonl").read_text().splitlines()]
     assert [s["score"] for s in samples] == [*range(6), *range(54, 60)]
     assert (tmp_path / "x/report.html").exists()
-    short = ppo(folders / "a", typed[:80], "--run.dir", tmp_path / "y")
-    assert short.returncode == 2
-    assert len([line for line in short.stderr.splitlines() if line.startswith("error: ")]) == 1
-    assert "Traceback" not in short.stderr
+    code, _, err = ppo(folders / "a", typed[:80], "--run.dir", tmp_path / "y")
+    assert code == 2
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in err

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import ENV, ROOT
 from test_label import Page
 from test_readme import commands
-from test_scripts import ENV, ROOT
 
 from minirlhf import review_world
 from minirlhf.formats import read_records

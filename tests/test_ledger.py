@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run
 from safetensors.torch import load_file, save_file
-from test_scripts import ENV, script
+from test_scripts import script
 from tolerance import assert_close, fp32
 
 from minirlhf.config import PPOConfig, load_config
@@ -153,12 +152,11 @@ def test_a_replay_is_the_run_in_every_bit(folder, again, name, step):
 
 
 def test_the_command_says_so(folder):
-    command = [sys.executable, "-m", "minirlhf.ledger", "run-", "--step", "1", "--replay"]
-    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    equal, compared = map(int, re.search(r"^(\d+) of (\d+) numbers and tensors equal", done.stdout, re.M).groups())
+    code, out, err = run("-m", "minirlhf.ledger", "run-", "--step", "1", "--replay", cwd=folder)
+    assert code == 0, err
+    equal, compared = map(int, re.search(r"^(\d+) of (\d+) numbers and tensors equal", out, re.M).groups())
     assert equal == compared > 60
-    assert "differs" not in done.stdout
+    assert "differs" not in out
 
 
 @pytest.mark.parametrize("where", ["metric", "checkpoint", "rollout"])

@@ -1,14 +1,13 @@
 """The three scripts with adapters on one base, as a user runs them."""
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from processes import run
 from safetensors.torch import load_file
-from test_scripts import ENV, TINY, digests, metrics, script, start
+from test_scripts import TINY, digests, metrics, script, start
 
 from minirlhf import review_world
 from minirlhf.lora import load_adapter, use_adapter
@@ -50,11 +49,9 @@ def pipeline(tmp_path_factory):
 
 
 def tool(cwd, *argv, text="", code=0):
-    command = [sys.executable, "-m", *map(str, argv)]
-    how = {"cwd": cwd, "env": ENV, "input": text, "capture_output": True, "text": True, "timeout": 120}
-    done = subprocess.run(command, **how)
-    assert done.returncode == code, done.stderr
-    return done.stdout
+    found, out, err = run("-m", *argv, cwd=cwd, text=text)
+    assert found == code, err
+    return out
 
 
 def test_every_stage_writes_adapters_alone(pipeline):

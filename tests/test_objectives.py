@@ -5,15 +5,14 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from test_ppo import iterate, weights
 from test_rollout import OPTIONS, roles_of, roll
-from test_scripts import ENV, digests, metrics, script
+from test_scripts import digests, metrics, script
 from tolerance import assert_close, exact, fp64
 
 from minirlhf import stage
@@ -456,8 +455,8 @@ def test_groups_go_through_the_script_and_resume_bit_for_bit(folder):
 
 def replay(run, step, folder):
     """The ledger does the update again: exit code 0 where every number and tensor is equal."""
-    command = [sys.executable, "-m", "minirlhf.ledger", str(run), "--step", str(step), "--replay"]
-    subprocess.run(command, cwd=folder, env=ENV, check=True, timeout=120)
+    code, out, err = processes.run("-m", "minirlhf.ledger", run, "--step", step, "--replay", cwd=folder)
+    assert code == 0, out + err
 
 
 def test_ptx_goes_through_the_script_and_nothing_changes_where_it_is_off(folder):

@@ -2,14 +2,13 @@
 
 import io
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from test_chat import folders  # noqa: F401  the fixture
-from test_scripts import ENV
 
 from minirlhf import review_world, score
 from minirlhf.errors import CheckpointError
@@ -125,11 +124,10 @@ def test_folders_that_are_no_reward_model(run):
 
 def test_a_pipe(folders):  # noqa: F811
     """As a program, with chat's words."""
-    command = [sys.executable, "-m", "minirlhf.score", str(folders / "rm")]
     data = "".join(json.dumps(r) + "\n" for r in ROWS)
-    done = subprocess.run(command, input=data, env=ENV, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0
-    assert len(done.stdout.splitlines()) == 3
+    code, out, _ = processes.run("-m", "minirlhf.score", folders / "rm", cwd=folders, text=data)
+    assert code == 0
+    assert len(out.splitlines()) == 3
 
 
 def test_a_reward_model_as_a_function_of_texts(folders):  # noqa: F811

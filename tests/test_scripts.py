@@ -2,34 +2,28 @@
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import processes
 import pytest
+from processes import ROOT
 
-ROOT = Path(__file__).parent.parent
 TINY = {
     "sft": ["--run.steps", "30", "--data.size", "600", "--optim.warmup_steps", "3"],
     "rm": ["--run.steps", "12", "--data.size", "200", "--optim.warmup_steps", "2", "--rm.minibatch_size", "32",
            "--rm.microbatch_size", "32", "--rm.eval_every", "6"],
     "ppo": ["--run.steps", "3", "--ppo.rollout_size", "16", "--ppo.minibatch_size", "8", "--ppo.microbatch_size", "8"],
 }  # fmt: skip
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def start(name, *argv, cwd):
-    command = [sys.executable, str(ROOT / f"train_{name}.py"), *map(str, argv)]
-    return subprocess.Popen(command, cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return processes.start(ROOT / f"train_{name}.py", *argv, cwd=cwd)
 
 
-def script(name, *argv, cwd, code=0):
-    process = start(name, *argv, cwd=cwd)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, f"exit code {process.returncode}, not {code}\n{out}\n{err}"
+def script(name, *argv, cwd, code=0, run=processes.run):
+    found, out, err = run(ROOT / f"train_{name}.py", *argv, cwd=cwd)
+    assert found == code, f"exit code {found}, not {code}\n{out}\n{err}"
     if code in (2, 3, 4, 5):
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, err
@@ -53,7 +47,7 @@ def digests(folder):
 def pipeline(tmp_path_factory):
     """One folder in which the three scripts have run with no run.dir."""
     cwd = tmp_path_factory.mktemp("pipeline")
-    said = {name: script(name, *TINY[name], cwd=cwd) for name in ("sft", "rm", "ppo")}
+    said = {name: script(name, *TINY[name], cwd=cwd, run=processes.run_anew) for name in ("sft", "rm", "ppo")}
     return cwd, said
 
 

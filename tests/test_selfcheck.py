@@ -2,13 +2,11 @@
 
 import copy
 import dataclasses
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scripts import ENV
+from processes import run
 
 from minirlhf import stage
 from minirlhf.config import PPOConfig, load_config
@@ -144,10 +142,9 @@ def test_every_check_has_its_sabotage():
 
 
 def selfcheck(cwd, *argv):
-    command = [sys.executable, "-m", "minirlhf.selfcheck", *map(str, argv)]
-    done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+    code, out, err = run("-m", "minirlhf.selfcheck", *argv, cwd=cwd)
+    assert "Traceback" not in err
+    return code, out, err
 
 
 def test_the_command_prints_a_table_and_ends_with_0(folders):

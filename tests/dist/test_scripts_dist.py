@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_scripts import ENV, ROOT, script
+from processes import ENV, ROOT
+from test_scripts import script
 
 from minirlhf.checkpoint import load_newest
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_scripts import ENV, ROOT
+from processes import ENV, ROOT
 
 
 def run(name, *argv, cwd):

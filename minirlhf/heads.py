@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from minirlhf.model import Cache, CausalLM, Head, ModelConfig, Trunk, initialize, trunk_names
+from minirlhf.model import Cache, CausalLM, Head, ModelConfig, Trunk, initialize, normal, trunk_names
 
 
 class ScalarModel(nn.Module):
@@ -27,7 +27,7 @@ class ScalarModel(nn.Module):
         self.config = self.trunk.config
         self.score = Head(self.config.d_model, 1)
         # Stiennon et al. 2020 (arXiv 2009.01325): a new head is normal(0, 1/√(C+1)).
-        nn.init.normal_(self.score.weight, std=(self.config.d_model + 1) ** -0.5, generator=rng)
+        normal(self.score.weight, (self.config.d_model + 1) ** -0.5, rng)
         self.score.to(self.trunk.embed.weight.device)
 
     def module_names(self) -> dict[str, str]:

@@ -568,10 +568,16 @@ def initialize(model: nn.Module, rng: torch.Generator | None = None) -> None:
     drawn = set()
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding) and module.weight not in drawn:
-            nn.init.normal_(module.weight, std=0.02, generator=rng)
+            normal(module.weight, 0.02, rng)
             drawn.add(module.weight)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def normal(weight: Tensor, std: float, rng: torch.Generator | None) -> None:
+    """Draws a weight, unless it has no memory yet: on `meta` torch would import its compiler to draw nothing."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std, generator=rng)
 
 
 def trunk_names(trunk: Trunk) -> dict[str, str]:

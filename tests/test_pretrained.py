@@ -232,6 +232,8 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 torch.set_num_threads(1)
 load_causal_lm(sys.argv[1])  # what the first call costs beside the weights
+load_reward_model(sys.argv[4])
+assert "torch._dynamo" not in sys.modules  # a second's import
 before = peak()
 model = load_causal_lm(sys.argv[2])
 weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -248,7 +250,8 @@ def test_loading_holds_the_weights_once(dtype, tmp_path):
     save_pretrained(lm("gpt2"), tmp_path / "tiny")
     big = ModelConfig(family="gpt2", vocab_size=20000, n_layer=8, n_head=16, d_model=768, max_seq_len=64)
     save_pretrained(CausalLM(big).to(dtype), tmp_path / "big")
-    command = [sys.executable, "-c", MEASURE, tmp_path / "tiny", tmp_path / "big", tmp_path / "out"]
+    save_pretrained(RewardModel(lm("gpt2").config), tmp_path / "reward")
+    command = [sys.executable, "-c", MEASURE, *(tmp_path / name for name in ("tiny", "big", "out", "reward"))]
     loading, saving = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert 0.9 < loading <= 1.15, f"{loading:.3f} times the weights"  # 290 MB in fp32
     assert saving <= 0.5, f"{saving:.3f} times the weights"  # the embedding is a third of them

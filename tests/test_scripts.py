@@ -10,7 +10,7 @@ import pytest
 from processes import ROOT
 
 TINY = {
-    "sft": ["--run.steps", "30", "--data.size", "600", "--optim.warmup_steps", "3"],
+    "sft": ["--run.steps", "30", "--data.size", "600", "--optim.warmup_steps", "3", "--sft.eval_every", "15"],
     "rm": ["--run.steps", "12", "--data.size", "200", "--optim.warmup_steps", "2", "--rm.minibatch_size", "32",
            "--rm.microbatch_size", "32", "--rm.eval_every", "6"],
     "ppo": ["--run.steps", "3", "--ppo.rollout_size", "16", "--ppo.minibatch_size", "8", "--ppo.microbatch_size", "8"],

@@ -1,11 +1,9 @@
-"""Run a function on W processes that form a gloo group; a forkserver imports torch once for all of them.
+"""Run a function on W processes that form a gloo group.
 
 A process that dies is an error of its rank, and one that hangs shows where and is ended: a test never waits for ever.
 """
 
 import faulthandler
-import multiprocessing
-import os
 import tempfile
 import traceback
 from datetime import timedelta
@@ -13,10 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as td
+from processes import MP, forked
 
-MP = multiprocessing.get_context("forkserver")
-MP.set_forkserver_preload(["torch", "torch.distributed.fsdp", "minirlhf.fsdp", "minirlhf.heads"])
-TIMEOUT, DEADLINE = 60, 400  # seconds: of a collective, of a process
+TIMEOUT, DEADLINE = 60, 600  # seconds: of a collective, of a process
 
 
 def child(function, rank, world, folder, answer, args):
@@ -39,13 +36,11 @@ def child(function, rank, world, folder, answer, args):
 
 def on_ranks(world, function, *args):
     """What `function(*args)` returns on each rank; plain Python values and numpy arrays only."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         answers, processes = [], []
         for rank in range(world):
             answer, theirs = MP.Pipe(duplex=False)
-            processes.append(MP.Process(target=child, args=(function, rank, world, folder, theirs, args)))
-            processes[-1].start()
+            processes.append(forked(child, function, rank, world, folder, theirs, args))
             theirs.close()  # so that the end of the process is the end of the pipe
             answers.append(answer)
         found = [received(a) for a in answers]

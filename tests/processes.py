@@ -38,7 +38,7 @@ def run_anew(*argv, cwd):
 
 def forked(function, *args):
     """A process that has imported torch."""
-    with mock.patch.dict(os.environ, ENV):
+    with mock.patch.dict(os.environ, ENV, clear=True):
         ensure_running()
     process = MP.Process(target=function, args=args)
     process.start()

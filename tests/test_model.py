@@ -19,6 +19,7 @@ CONFIGS = {  # every family once in a plain and once in an odd shape
     "bloom-odd": ModelConfig("bloom", n_head=5, d_model=15, **SIZES),
     "opt": ModelConfig("opt", n_head=2, d_model=6, d_inner=9, **SIZES),
     "llama": ModelConfig("llama", n_head=4, n_kv_head=2, d_model=16, d_inner=10, **SIZES),
+    "llama-alibi": ModelConfig("llama", n_head=4, n_kv_head=2, d_model=8, position="alibi", **SIZES),
     "llama-odd": ModelConfig("llama", n_head=3, n_kv_head=1, head_dim=6, d_model=7, mlp_bias=True, **SIZES),
     "llama3": ModelConfig(
         "llama", n_head=2, d_model=16, rope_theta=100.0, rope_factor=8.0, rope_llama3=(1.0, 4.0, 16), **SIZES

@@ -9,6 +9,7 @@ from minirlhf import products
 from minirlhf.model import MLP, CausalLM, ModelConfig
 from minirlhf.products import linear, packed, product
 
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
@@ -109,11 +110,35 @@ def test_turned_off_it_changes_no_more_than_rounding(spy):
     assert_close(fast, plain, {"rtol": 1e-5, "atol": 2e-6})
 
 
+def test_whose_processor_it_is(tmp_path):
+    for maker, expected in (("AuthenticAMD", False), ("GenuineIntel", torch.backends.mkl.is_available())):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        assert products.intel(tmp_path / "cpuinfo") is expected
+    assert products.intel(tmp_path / "none") in (True, False)
+
+
 @needs_onednn
+@needs_mkl
+@pytest.mark.parametrize(("by_mkl", "dtype", "called"), [
+    (False, torch.float32, "mkldnn::_linear_pointwise"), (True, torch.float32, "mkl::_mkl_linear"),
+    (True, torch.bfloat16, "mkldnn::_linear_pointwise"),
+])  # fmt: skip
+def test_whose_layout_it_is(by_mkl, dtype, called, monkeypatch):
+    monkeypatch.setattr(products, "BY_MKL", by_mkl)
+    x, w, b = tensors(16, 256, out=512, dtype=dtype)
+    ready = packed(w, b, dtype, 16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        ready(x)
+    assert called in {event.name for event in seen.events()}
+
+
+@needs_onednn
+@pytest.mark.parametrize("by_mkl", [False, pytest.param(True, marks=needs_mkl)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["relu", "silu", "gelu", "gelu_tanh"])
-def test_an_activation_in_the_same_call(kind, dtype):
-    """The one that the model would apply to the product, in fp64 of the same numbers."""
+def test_an_activation_in_the_same_call(kind, dtype, by_mkl, monkeypatch):
+    """The one that the model would apply to the product, in fp64 of the same numbers; also for other rows."""
+    monkeypatch.setattr(products, "BY_MKL", by_mkl)
     x, w, b = tensors(16, 1, 256, out=512, dtype=dtype)
     truth = F.linear(x.double(), w.double(), b.double())
     near = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
@@ -121,6 +146,9 @@ def test_an_activation_in_the_same_call(kind, dtype):
         call = packed(w, b, dtype, 16, activation)
         assert call is not None
         for given in (x, x.double()):  # rounded to the dtype first
-            made = call(given)
-            assert made.dtype == dtype
-            assert_close(made.double(), expected, near)
+            for rows in (slice(16), slice(3, 7), slice(1)):
+                made = call(given[rows])
+                assert made.dtype == dtype
+                assert_close(made.double(), expected[rows], near)
+        many = call(x.expand(3, 16, 1, 256))
+        assert_close(many.double(), expected.expand(3, 16, 1, 512), near)

@@ -346,7 +346,7 @@ class Attention(nn.Module):
                 return self.attend(q.to(wide), k.to(wide), v.to(wide), mask).to(q.dtype)
         p, causal = self.dropout if self.training else 0.0, mask is None and q.shape[2] > 1
         if self.grouped and q.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
-            heads = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H_kv, H / H_kv, D): queries of one head
+            heads = q.reshape(*k.shape[:2], -1, q.shape[3])  # (B, H_kv, H / H_kv, D): queries of one head
             return F.scaled_dot_product_attention(heads, k, v, mask, p).reshape(q.shape)
         return F.scaled_dot_product_attention(q, k, v, mask, p, causal, enable_gqa=self.grouped)
 

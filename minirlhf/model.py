@@ -240,10 +240,9 @@ class Head(Linear):
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:  # (..., C), (n_out, C) → (..., n_out)
         """x Wᵀ, at least fp32."""
-        smallest = 1 if self.out_features > 1 else None
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         with no_autocast(x.device.type):
-            return linear(x.to(dtype), weight.to(dtype), smallest=smallest)
+            return linear(x.to(dtype), weight.to(dtype), alike=self.out_features > 1)
 
 
 class Embedding(nn.Embedding):

@@ -1,9 +1,9 @@
-"""Matrix products in fp32 on the CPU by oneDNN, the one of torch's libraries that uses AVX-512 on every processor.
+"""Matrix products in fp32 on the CPU, by the faster of the two libraries that come with torch.
 
 torch itself gives fp32 products to MKL and only bf16 to oneDNN. On AMD processors MKL stays with AVX2, at half the rate
-or less. Both sum in fp32 and differ in the order of the sums. `torch.backends.mkldnn.flags(enabled=False)` turns this
-off; small products, other dtypes and other devices are torch's own anyway. On Intel processors MKL uses AVX-512 too,
-and with weights laid out beforehand it is the faster one.
+of oneDNN's AVX-512 or less, so that oneDNN takes them here; on Intel processors MKL is the faster one and keeps them.
+Both sum in fp32 and differ in the order of the sums. `torch.backends.mkldnn.flags(enabled=False)` leaves all to MKL;
+small products, other dtypes and other devices are torch's own anyway.
 """
 
 import platform
@@ -48,10 +48,10 @@ def linear(
     weight: Tensor,  # (m, n)
     bias: Tensor | None = None,  # (m,)
     *,
-    smallest: int | None = None,  # multiplications that oneDNN is worth; None: SMALLEST
+    alike: bool = False,  # an output does not depend on how many others there are: by oneDNN at any size
 ) -> Tensor:  # (..., m)
     """F.linear: x Wᵀ + b."""
-    if not _pays(x, weight, SMALLEST if smallest is None else smallest):
+    if not _pays(x, weight, alike=alike):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
 
@@ -60,7 +60,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at lea
     """A matrix product without gradients, a rounded to the dtype of b; summed in fp32 at least, never rounded back."""
     if b.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    return _onednn(a, b.T, None) if _pays(a, b.T, SMALLEST) else torch.mm(a, b)
+    return _onednn(a, b.T, None) if _pays(a, b.T) else torch.mm(a, b)
 
 
 def packed(
@@ -101,11 +101,12 @@ def _enabled() -> bool:
     return bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()
 
 
-def _pays(x: Tensor, weight: Tensor, smallest: int) -> bool:
+def _pays(x: Tensor, weight: Tensor, *, alike: bool = False) -> bool:
+    size = x.numel() * len(weight)
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
-        and x.numel() * len(weight) >= smallest
+        and (size > 0 if alike else size >= SMALLEST and not BY_MKL)
         and _enabled()
         and not torch.is_autocast_enabled("cpu")
     )

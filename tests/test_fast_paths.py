@@ -40,12 +40,13 @@ def iteration():
     return rollout, metrics, policy.state_dict()
 
 
-@pytest.fixture
-def fast(monkeypatch):
-    """Thresholds so low that every product goes to oneDNN."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
+@pytest.fixture(params=[False, True], ids=["onednn", "mkl"])
+def fast(request, monkeypatch):
+    """Thresholds so low that every product goes to oneDNN, or every weight into MKL's layout."""
+    if not torch.backends.mkldnn.is_available() or (request.param and not torch.backends.mkl.is_available()):
+        pytest.skip("this torch has no oneDNN or MKL")
     monkeypatch.setattr("minirlhf.products.SMALLEST", 1)
+    monkeypatch.setattr("minirlhf.products.BY_MKL", request.param)
 
 
 def test_turning_all_off_changes_no_more_than_rounding(fast, monkeypatch):

@@ -313,10 +313,13 @@ def _take_out(z: Tensor, m: Tensor) -> Tensor:  # (n, v), (n,) → (n,)
 
 
 def _tiles(N: int, V: int, C: int, device: str) -> Iterator[tuple[slice, slice]]:  # rows, columns
-    """A tile's logits and its part of the weight, each within the budget; a quarter of the rows at most, so that no
-    tile is the whole. Depends on shapes alone."""
-    n = max(1, min(ROWS, -(-N // 4)))
-    v = max(1, min(COLS, BUDGET["cpu" if device == "cpu" else "cuda"] // (4 * max(n, C))))
+    """A tile's logits and its part of the weight, each within the budget, and no tile the whole: where all columns fit,
+    a quarter of the rows; else rows stay together, since every tile reads its part of the weight. Depends on shapes
+    alone."""
+    budget = BUDGET["cpu" if device == "cpu" else "cuda"] // 4  # numbers
+    columns = min(COLS, budget // C)
+    n = max(1, min(ROWS, N if columns < V else -(-N // 4)))
+    v = max(1, min(columns, budget // n))
     for start in range(0, V, v):
         for row in range(0, N, n):
             yield slice(row, min(row + n, N)), slice(start, min(start + v, V))

@@ -50,7 +50,7 @@ def fast(request, monkeypatch):
 
 
 def test_turning_all_off_changes_no_more_than_rounding(fast, monkeypatch):
-    """Off: torch's own products, no packed weights, modules for stand-ins, a tile per quarter of the head's rows."""
+    """Off: torch's own products, no packed weights, modules for stand-ins, a column of the head after the other."""
     rollout, metrics, weights = iteration()
     assert metrics["val/first_ratio_gap"] == 0
     monkeypatch.setattr(generate, "prepared", lambda model, *_: model)

@@ -89,7 +89,7 @@ def main(config: PPOConfig, run: Run) -> None:
             collected = time.perf_counter()
             keep_rollout(run, step, rollout, lr, snapshot)
             metrics |= ppo_iteration(
-                roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.lengths), p,
+                roles.policy, roles.value_model, optimizer, rollout, scores, plan(rollout.total_lengths), p,
                 kl_coef=beta.coef, temperature=c.sample.temperature, max_grad_norm=o.max_grad_norm,
                 longest=c.sample.max_new_tokens, impl=c.run.impl, clip=engine.clip, precision=engine.precision,
                 ptx=corpus.beside(step),

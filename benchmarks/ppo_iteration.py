@@ -74,7 +74,7 @@ class Ours:
                 temperature=1.0, rng=generator(0, "sample", self.step), partition=lambda n: list(chain(*plan(n)[0])),
             )  # fmt: skip
         ppo_iteration(
-            self.policy, self.value, self.optimizer, rollout, rollout.scores, plan(rollout.lengths), self.options,
+            self.policy, self.value, self.optimizer, rollout, rollout.scores, plan(rollout.total_lengths), self.options,
             kl_coef=0.05, temperature=1.0, max_grad_norm=1.0, precision=self.precision,
         )  # fmt: skip
         return float(rollout.lengths.float().mean())

@@ -126,7 +126,7 @@ def replay(config: Any, path: Path, changed: Sequence[str]) -> Replay:
     corpus = Corpus(c, SimpleNamespace(dropped=[], say=lambda words: None), loaded, engine)
     metrics = rollout_metrics(rollout) | ppo_iteration(
         roles.policy, roles.value_model, optimizer, rollout, scores,
-        epoch_plans(rollout.lengths, p, c.run.seed, step), p, kl_coef=beta, temperature=c.sample.temperature,
+        epoch_plans(rollout.total_lengths, p, c.run.seed, step), p, kl_coef=beta, temperature=c.sample.temperature,
         max_grad_norm=o.max_grad_norm, longest=c.sample.max_new_tokens, impl=c.run.impl, clip=engine.clip,
         precision=engine.precision, ptx=corpus.beside(step), watch=columns,
     )  # fmt: skip

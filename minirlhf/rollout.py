@@ -1,7 +1,7 @@
 """A rollout: prompts, the policy's answers, and what every role says about each token; its file.
 
-Index t of each (B, R) tensor is the answer token a_t. The models speak of positions of the whole sequence; the one
-place where positions become answer tokens is `response_positions`.
+Index t of each (B, R) tensor is the answer token a_t. The models speak of positions of the whole sequence: position p
+of token p + 1, see `response_positions` and `Rollout.sequences`.
 """
 
 import json
@@ -78,6 +78,18 @@ class Rollout:
         """Real tokens of the responses."""
         return self.response_mask.sum(1)
 
+    @property
+    def total_lengths(self) -> Tensor:  # (B,)
+        """Real tokens of prompts and responses, which is what a forward costs."""
+        return self.attention_mask.sum(1)
+
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor]:  # (B, S), (B, S) bool, (B, R)
+        """Prompts and responses as `left_aligned`, and the position that speaks of each response token."""
+        ids, mask = left_aligned(self.input_ids, self.attention_mask)
+        t = torch.arange(self.responses.shape[1], device=ids.device)
+        speaks = self.prompt_mask.sum(1, keepdim=True) - 1 + t  # (B, R)
+        return ids, mask, speaks.clamp(max=ids.shape[1] - 1)
+
     def texts(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
         """Prompts and responses."""
         prompts = decode(self.prompts, self.prompt_mask, tokenizer)
@@ -92,6 +104,18 @@ class Rollout:
             if x.ndim == 2:
                 cut[name] = x[:, first:] if name in ("prompts", "prompt_mask") else x[:, :R]
         return replace(self, **cut)
+
+
+def left_aligned(
+    input_ids: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool, True = real token, no holes
+) -> tuple[Tensor, Tensor]:  # (B, S) each, 2 ≤ S ≤ T
+    """Rows without the padding before them, cut to the longest: prompts of several lengths cost no forward."""
+    index = torch.arange(mask.shape[1], device=mask.device) + mask.int().argmax(1, keepdim=True)  # (B, T)
+    index = index[:, : max(2, int(mask.sum(1).max()))]  # (B, S)
+    inside = index < mask.shape[1]
+    index = index.clamp(max=mask.shape[1] - 1)
+    return input_ids.gather(1, index), mask.gather(1, index) & inside
 
 
 def response_positions(x: Tensor, R: int) -> Tensor:  # (B, T, ...) → (B, R, ...)
@@ -127,15 +151,18 @@ def policy_stats(
     impl: str = "auto",
 ) -> dict[str, Tensor]:  # each (B, R); logprobs: log π(a_t), 0 at padding
     """The one function behind old, new and reference log-probs."""
-    targets = torch.where(rollout.action_mask, rollout.responses, IGNORE)  # (B, R)
-    whole = rollout.input_ids, rollout.attention_mask
-    return target_stats(model, *whole, targets, temperature=temperature, want=want, impl=impl)
+    ids, mask, speaks = rollout.sequences()
+    answers = mask[:, 1:] & (torch.arange(1, ids.shape[1], device=ids.device) > speaks[:, :1])  # (B, S - 1)
+    targets = torch.where(answers, ids[:, 1:], IGNORE)  # (B, S - 1)
+    stats = target_stats(model, ids, mask, targets, temperature=temperature, want=want, impl=impl)
+    speaks = speaks.clamp(max=targets.shape[1] - 1)
+    return {name: torch.where(rollout.action_mask, x.gather(1, speaks), 0.0) for name, x in stats.items()}
 
 
 def state_values(model: ValueModel, rollout: Rollout) -> Tensor:  # (B, R) V(s_t), before a_t; 0 outside value_mask
     """The value model at the positions from which the answer's tokens are drawn."""
-    values = response_positions(model(rollout.input_ids, rollout.attention_mask), rollout.responses.shape[1])
-    return torch.where(rollout.value_mask, values, 0.0)
+    ids, mask, speaks = rollout.sequences()
+    return torch.where(rollout.value_mask, model(ids, mask).gather(1, speaks), 0.0)
 
 
 Partition = Callable[[Tensor], Sequence[Tensor]]
@@ -154,7 +181,11 @@ class Roles(NamedTuple):
 
 def reward_model_score(model: RewardModel) -> Callable[[Rollout], Tensor]:
     """Scores of prompt and answer, read at the answer's last token."""
-    return lambda rollout: model(rollout.input_ids, torch.cat([rollout.prompt_mask, rollout.response_mask], 1))
+
+    def score(rollout: Rollout) -> Tensor:  # → (B,)
+        return model(*left_aligned(rollout.input_ids, torch.cat([rollout.prompt_mask, rollout.response_mask], 1)))
+
+    return score
 
 
 def collect(
@@ -165,7 +196,7 @@ def collect(
     eos_token_id: int,
     score_at: str = "last",  # "column": sampling goes on after EOS, see `Rollout.action_mask`
     impl: str = "auto",
-    partition: Partition,  # response lengths (B,) → rows of each forward
+    partition: Partition,  # total lengths (B,) → rows of each forward
     **sampling: Any,  # as `generate` takes it
 ) -> Rollout:
     """Let the policy answer, then ask every role about the answers.
@@ -183,7 +214,7 @@ def collect(
     rollout = Rollout(
         prompts, prompt_mask, made.tokens, answer, made.logprobs, *voids, has_eos=ends.any(1), score_at=score_at
     )
-    return judge(rollout, partition(rollout.lengths), roles, temperature=sampling["temperature"], impl=impl)
+    return judge(rollout, partition(rollout.total_lengths), roles, temperature=sampling["temperature"], impl=impl)
 
 
 def sample_rows(

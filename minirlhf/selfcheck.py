@@ -26,7 +26,7 @@ from minirlhf.evaluate import sft_targets
 from minirlhf.ppo import epoch_plans, ppo_iteration
 from minirlhf.pretrained import load_causal_lm
 from minirlhf.rng import generator
-from minirlhf.rollout import Roles, Rollout, collect, policy_stats
+from minirlhf.rollout import IGNORE, Roles, Rollout, collect, policy_stats, target_stats
 from minirlhf.run import complain, prepare_torch
 
 ANSWERS = 16
@@ -134,8 +134,12 @@ def cache(b: Bench) -> Check:
 
 def padding_side(b: Bench) -> Check:
     """Three columns more of padding on the left, filled with EOS, and two on the right."""
-    more = b.logprobs(b.roles.policy, padded(b, 3, 2))[:, : b.rollout.responses.shape[1]]
-    return Check("padding on the left changes nothing", b.gap(more, b.rollout.old_logprobs), NATS, "max |Δ log-prob|")
+    rollout, tau = padded(b, 3, 2), b.config.sample.temperature
+    targets = torch.where(rollout.action_mask, rollout.responses, IGNORE)  # (B, R + 2)
+    with torch.no_grad():  # `policy_stats` would take the padding away
+        more = target_stats(b.roles.policy, rollout.input_ids, rollout.attention_mask, targets, temperature=tau)
+    gap = b.gap(more["logprobs"][:, :-2], b.rollout.old_logprobs)
+    return Check("padding on the left changes nothing", gap, NATS, "max |Δ log-prob|")
 
 
 def batch_size(b: Bench) -> Check:

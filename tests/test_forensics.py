@@ -166,7 +166,7 @@ def test_the_kept_rollout_fails_again_from_the_weights_before_the_step(ppo_run, 
     )
     with pytest.raises(NonFiniteError, match="scores of answer 0"):
         ppo.ppo_iteration(
-            None, None, None, rollout, rollout.scores, epoch_plans(rollout.lengths, config, 0, 5), config,
+            None, None, None, rollout, rollout.scores, epoch_plans(rollout.total_lengths, config, 0, 5), config,
             kl_coef=state["kl_coef"], temperature=1.0, max_grad_norm=1.0,
         )  # fmt: skip
 

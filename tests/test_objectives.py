@@ -105,7 +105,7 @@ def test_without_a_value_model_none_is_asked_trained_or_logged(advantage):
     o, before = options(advantage=advantage, answers_per_prompt=4), copy.deepcopy(roles.policy)
     said = ppo_iteration(
         roles.policy, None, torch.optim.SGD(roles.policy.parameters(), lr=0.1), rollout, rollout.scores,
-        epoch_plans(rollout.lengths, o, 0, 1), o, kl_coef=0.1, temperature=0.9, max_grad_norm=1.0,
+        epoch_plans(rollout.total_lengths, o, 0, 1), o, kl_coef=0.1, temperature=0.9, max_grad_norm=1.0,
     )  # fmt: skip
     assert not [name for name in said if name.startswith("value/") or name == "loss/value_avg"]
     assert said["val/first_ratio_gap"] == 0.0

@@ -30,7 +30,7 @@ def iterate(
     parameters = [*roles.policy.parameters(), *roles.value_model.parameters()]
     return ppo_iteration(
         roles.policy, roles.value_model, optimizer or torch.optim.SGD(parameters, lr=lr), rollout, rollout.scores,
-        epoch_plans(rollout.lengths, options, seed, 1), options,
+        epoch_plans(rollout.total_lengths, options, seed, 1), options,
         kl_coef=kl_coef, temperature=0.9, max_grad_norm=max_grad_norm, longest=longest,
         ptx=ptx,
     )  # fmt: skip

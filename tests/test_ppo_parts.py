@@ -110,7 +110,7 @@ def test_the_ledger_s_eye_sees_every_microbatch_without_its_graph():
     options, seen = dataclasses.replace(OPTIONS, **WHOLE), []
     parameters = [*roles.policy.parameters(), *roles.value_model.parameters()]
     how = {"kl_coef": 0.1, "temperature": 0.9, "max_grad_norm": 1.0, "longest": 0}
-    plans = epoch_plans(rollout.lengths, options, 0, 1)
+    plans = epoch_plans(rollout.total_lengths, options, 0, 1)
     for critic in (roles.value_model, None):
         ppo_iteration(
             roles.policy, critic, torch.optim.SGD(parameters, lr=0.0), rollout, rollout.scores, plans, options,
@@ -135,7 +135,7 @@ def test_the_ledger_s_eye_sees_every_microbatch_without_its_graph():
 def test_an_unknown_kernel_is_asked_for_by_name():
     roles, rollout = in_fp64()
     options = dataclasses.replace(OPTIONS, **WHOLE)
-    plans = epoch_plans(rollout.lengths, options, 0, 1)
+    plans = epoch_plans(rollout.total_lengths, options, 0, 1)
     with pytest.raises(ValueError, match="nothing"):
         ppo_iteration(
             roles.policy, None, torch.optim.SGD(roles.policy.parameters(), lr=0.0), rollout, rollout.scores, plans,

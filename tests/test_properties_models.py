@@ -164,7 +164,7 @@ def train(steps, roles=None, optimizer_state=None, first=1):
     for step in range(first, first + steps):
         rollout = roll(roles, step=step)
         how = {"kl_coef": 0.1, "temperature": 0.9, "max_grad_norm": 1.0}
-        plans = epoch_plans(rollout.lengths, OPTIONS, 0, step)
+        plans = epoch_plans(rollout.total_lengths, OPTIONS, 0, step)
         metrics.append(
             ppo_iteration(roles.policy, roles.value_model, optimizer, rollout, rollout.scores, plans, OPTIONS, **how)
         )

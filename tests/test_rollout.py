@@ -1,11 +1,11 @@
 """A rollout's numbers: who says what about which token, and that the first ratio is 1 in every bit."""
 
 import copy
-import dataclasses
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from tolerance import assert_close, exact, fp32
+from tolerance import assert_close, exact, fp32, fp64
 
 from minirlhf.config import PPOSection
 from minirlhf.data import left_padded
@@ -16,8 +16,10 @@ from minirlhf.ppo import epoch_plans
 from minirlhf.rng import generator
 from minirlhf.rollout import (
     Roles,
+    Rollout,
     collect,
     judge,
+    left_aligned,
     load_rollout,
     policy_stats,
     response_positions,
@@ -63,7 +65,7 @@ def test_before_any_update_kl_is_zero_and_every_first_ratio_is_one(family):
     roles, _ = roles_of(family)
     rollout = roll(roles)
     assert_close(rollout.old_logprobs - rollout.ref_logprobs, torch.zeros_like(rollout.old_logprobs), exact)
-    for minibatch in epoch_plans(rollout.lengths, OPTIONS, 0, 1)[0]:
+    for minibatch in epoch_plans(rollout.total_lengths, OPTIONS, 0, 1)[0]:
         for index in minibatch:
             part = rollout.rows(index)
             new = policy_stats(roles.policy, part, temperature=0.9)["logprobs"]
@@ -95,6 +97,41 @@ def test_value_after_the_last_token_is_the_reward_models_score(family):
     values = roles.value_model(rollout.input_ids, rollout.attention_mask)  # (B, T)
     last = rollout.attention_mask.long().cumsum(1).argmax(1)
     assert_close(values[torch.arange(len(rollout)), last], reward(rollout.input_ids, rollout.attention_mask), fp32)
+
+
+def test_sequences_by_hand():
+    """Two prompts of 1 and 3 tokens, answers of 2 and 1: no padding before them, and none that all rows have."""
+    ids = torch.tensor([[PAD, PAD, 5, 6, 7, PAD], [3, 4, 5, EOS, PAD, PAD]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]).bool()
+    blank = torch.zeros(2, 3)
+    rollout = Rollout(
+        ids[:, :3], mask[:, :3], ids[:, 3:], mask[:, 3:], blank, blank, blank, blank, blank[:, 0], mask[:, 0]
+    )
+    aligned, real, speaks = rollout.sequences()
+    assert aligned[real].tolist() == [5, 6, 7, 3, 4, 5, EOS]
+    assert real.tolist() == [[True, True, True, False], [True] * 4]
+    assert speaks.tolist() == [[0, 1, 2], [2, 3, 3]]
+    assert rollout.total_lengths.tolist() == [3, 4]
+    both = [torch.tensor(x) for x in ([[PAD, 5]], [[False, True]])]
+    assert [x.tolist() for x in left_aligned(*both)] == [[[5, 5]], [[True, False]]]  # S is at least 2
+
+
+@pytest.mark.parametrize("score_at", ["last", "next", "column"])
+def test_prompts_of_all_lengths_count_as_each_alone(score_at):
+    """Every token that counts, in fp64, wherever the score lands."""
+    roles, _ = roles_of("gpt2", zero_head=False)
+    policy, value = roles.policy.double(), roles.value_model.double()
+    rollout = replace(roll(roles), score_at=score_at)
+    logprobs = policy_stats(policy, rollout, temperature=1.0)["logprobs"]
+    values = state_values(value, rollout)
+    for b in range(len(rollout)):
+        n, actions, states = (int(m[b].sum()) for m in (rollout.prompt_mask, rollout.action_mask, rollout.value_mask))
+        row = torch.cat([rollout.prompts[b][-n:], rollout.responses[b]])[None]
+        alone = torch.log_softmax(policy(row)[0, n - 1 : -1], -1).gather(1, row[0, n:, None])[:, 0]  # (R,)
+        assert_close(logprobs[b, :actions], alone[:actions], fp64)
+        assert_close(values[b, :states], value(row)[0, n - 1 :][:states], fp64)
+        assert not logprobs[b, actions:].any()
+        assert not values[b, states:].any()
 
 
 def test_value_t_belongs_to_the_state_before_answer_token_t():
@@ -147,12 +184,12 @@ def test_rows_cut_common_padding_and_keep_everything_else():
 
 
 def columns(rollout):
-    return {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout) if f.name != "score_at"}
+    return {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "score_at"}
 
 
 def test_a_saved_rollout_comes_back_in_every_bit(tmp_path):
     roles, _ = roles_of("gpt2")
-    rollout = dataclasses.replace(roll(roles), score_at="next")
+    rollout = replace(roll(roles), score_at="next")
     weights = {"policy": dict(roles.policy.named_parameters()), "optimizer": {"policy.x.step": torch.tensor(3.0)}}
     save_rollout(tmp_path / "rollouts/a.safetensors", rollout, {"step": 3, "kl_coef": 0.1}, weights)
     again, state, loaded = load_rollout(tmp_path / "rollouts/a.safetensors")

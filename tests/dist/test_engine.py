@@ -73,7 +73,7 @@ def ppo(kind, dtype, *, lora=False, low="fp32", checkpoint=False, steps=ITERATIO
         rollout = collect(roles, prompts, mask, partition=lambda n: list(chain(*plan(n)[0])), rng=rngs, **SAMPLING)
         scores = score_answers(rollout.scores, rollout.has_eos, OPTIONS, 0.0, 1.0)
         found = ppo_iteration(
-            policy, value, optimizer, rollout, scores, plan(rollout.lengths), OPTIONS, kl_coef=0.1, temperature=0.8,
+            policy, value, optimizer, rollout, scores, plan(rollout.total_lengths), OPTIONS, kl_coef=0.1, temperature=0.8,
             max_grad_norm=0.5, clip=engine.clip, precision=engine.precision,
         )  # fmt: skip
         metrics.append(rollout_metrics(rollout) | found)

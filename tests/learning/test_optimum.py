@@ -111,7 +111,7 @@ def train(seed, *, world=WORLD, steps=200, lr=3e-3, kl_coef=BETA, **changes):
         )  # fmt: skip
         set_lr(optimizer, lr * lr_factor(step, kind="linear", warmup=5, total=steps))
         ppo_iteration(
-            policy, value_model, optimizer, rollout, rollout.scores, plan(rollout.lengths), options,
+            policy, value_model, optimizer, rollout, rollout.scores, plan(rollout.total_lengths), options,
             kl_coef=kl_coef, temperature=1.0, max_grad_norm=100.0,
         )  # fmt: skip
     return reference, policy
@@ -332,7 +332,7 @@ def test_the_first_step_of_ppo_is_reinforce():
     before = [p.detach().clone() for p in policy.parameters()]
     ppo_iteration(
         policy, roles.value_model, torch.optim.SGD(policy.parameters(), lr=1.0), rollout, rollout.scores,
-        plan(rollout.lengths), options, kl_coef=BETA, temperature=1.0, max_grad_norm=1e9,
+        plan(rollout.total_lengths), options, kl_coef=BETA, temperature=1.0, max_grad_norm=1e9,
     )  # fmt: skip
     for was, now, g in zip(before, policy.parameters(), expected, strict=True):
         torch.testing.assert_close(was - now.detach(), g, rtol=1e-6, atol=1e-9)

@@ -22,7 +22,7 @@ from minirlhf import dist
 from minirlhf.data import decode
 from minirlhf.errors import CheckpointError
 from minirlhf.generate import Generation, generate
-from minirlhf.heads import RewardModel, ValueModel
+from minirlhf.heads import RewardModel, ValueModel, last_true
 from minirlhf.model import CausalLM, output_weight
 from minirlhf.ops import head_stats
 from minirlhf.tokenizer import Tokenizer
@@ -86,9 +86,9 @@ class Rollout:
     def sequences(self) -> tuple[Tensor, Tensor, Tensor]:  # (B, S), (B, S) bool, (B, R)
         """Prompts and responses as `left_aligned`, and the position that speaks of each response token."""
         ids, mask = left_aligned(self.input_ids, self.attention_mask)
-        t = torch.arange(self.responses.shape[1], device=ids.device)
-        speaks = self.prompt_mask.sum(1, keepdim=True) - 1 + t  # (B, R)
-        return ids, mask, speaks.clamp(max=ids.shape[1] - 1)
+        padding = self.attention_mask.int().argmax(1, keepdim=True)  # (B, 1)
+        before = torch.arange(self.responses.shape[1], device=ids.device) + self.prompts.shape[1] - 1  # (R,)
+        return ids, mask, (before - padding).clamp(0, ids.shape[1] - 1)
 
     def texts(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
         """Prompts and responses."""
@@ -108,11 +108,11 @@ class Rollout:
 
 def left_aligned(
     input_ids: Tensor,  # (B, T)
-    mask: Tensor,  # (B, T) bool, True = real token, no holes
+    mask: Tensor,  # (B, T) bool, True = real token
 ) -> tuple[Tensor, Tensor]:  # (B, S) each, 2 ≤ S ≤ T
     """Rows without the padding before them, cut to the longest: prompts of several lengths cost no forward."""
-    index = torch.arange(mask.shape[1], device=mask.device) + mask.int().argmax(1, keepdim=True)  # (B, T)
-    index = index[:, : max(2, int(mask.sum(1).max()))]  # (B, S)
+    first, last = mask.int().argmax(1), last_true(input_ids, mask)  # (B,) each
+    index = torch.arange(max(2, int((last - first).max()) + 1), device=mask.device) + first[:, None]  # (B, S)
     inside = index < mask.shape[1]
     index = index.clamp(max=mask.shape[1] - 1)
     return input_ids.gather(1, index), mask.gather(1, index) & inside

@@ -112,6 +112,8 @@ def test_sequences_by_hand():
     assert real.tolist() == [[True, True, True, False], [True] * 4]
     assert speaks.tolist() == [[0, 1, 2], [2, 3, 3]]
     assert rollout.total_lengths.tolist() == [3, 4]
+    real[1, 1] = False  # a hole in a prompt stays one
+    assert [x.tolist() for x in left_aligned(aligned, real)] == [aligned.tolist(), real.tolist()]
     both = [torch.tensor(x) for x in ([[PAD, 5]], [[False, True]])]
     assert [x.tolist() for x in left_aligned(*both)] == [[[5, 5]], [[True, False]]]  # S is at least 2
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tolerance import assert_close, exact, fp32, fp64
 
+from minirlhf import rollout as rollouts
 from minirlhf.config import PPOSection
 from minirlhf.data import left_padded
 from minirlhf.errors import CheckpointError
@@ -134,6 +135,17 @@ def test_prompts_of_all_lengths_count_as_each_alone(score_at):
         assert_close(values[b, :states], value(row)[0, n - 1 :][:states], fp64)
         assert not logprobs[b, actions:].any()
         assert not values[b, states:].any()
+
+
+@pytest.mark.parametrize("score_at", ["last", "column"])
+def test_the_head_sees_the_answers_alone(score_at, monkeypatch):
+    """As many positions as there are actions, and their tokens."""
+    roles, _ = roles_of("gpt2")
+    rollout = replace(roll(roles), score_at=score_at)
+    seen, body = [], rollouts.head_stats
+    monkeypatch.setattr(rollouts, "head_stats", lambda h, w, a, **how: (seen.append(a), body(h, w, a, **how))[1])
+    policy_stats(roles.policy, rollout, temperature=1.0)
+    assert torch.equal(seen[0][seen[0] != rollouts.IGNORE], rollout.responses[rollout.action_mask])
 
 
 def test_value_t_belongs_to_the_state_before_answer_token_t():

@@ -1,7 +1,7 @@
 """A rollout: prompts, the policy's answers, and what every role says about each token; its file.
 
 Index t of each (B, R) tensor is the answer token a_t. The models speak of positions of the whole sequence: position p
-of token p + 1, see `response_positions` and `Rollout.sequences`.
+of token p + 1, see `response_positions` and `of_responses`.
 """
 
 import json
@@ -83,12 +83,10 @@ class Rollout:
         """Real tokens of prompts and responses, which is what a forward costs."""
         return self.attention_mask.sum(1)
 
-    def sequences(self) -> tuple[Tensor, Tensor, Tensor]:  # (B, S), (B, S) bool, (B, R)
-        """Prompts and responses as `left_aligned`, and the position that speaks of each response token."""
-        ids, mask = left_aligned(self.input_ids, self.attention_mask)
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor]:  # (B, S), (B, S) bool, (B, 1)
+        """Prompts and responses as `left_aligned`, and where in them each response begins, see `of_responses`."""
         padding = self.attention_mask.int().argmax(1, keepdim=True)  # (B, 1)
-        before = torch.arange(self.responses.shape[1], device=ids.device) + self.prompts.shape[1] - 1  # (R,)
-        return ids, mask, (before - padding).clamp(0, ids.shape[1] - 1)
+        return *left_aligned(self.input_ids, self.attention_mask), self.prompts.shape[1] - padding
 
     def texts(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
         """Prompts and responses."""
@@ -123,6 +121,16 @@ def response_positions(x: Tensor, R: int) -> Tensor:  # (B, T, ...) → (B, R, .
     return x[:, -R - 1 : -1]
 
 
+def of_responses(
+    x: Tensor,  # (B, S) of `Rollout.sequences`
+    first: Tensor,  # (B, 1) the position of a_0
+    mask: Tensor,  # (B, R) bool
+) -> Tensor:  # (B, R), 0 where not mask
+    """What the positions say of the response tokens, which follow them."""
+    index = first - 1 + torch.arange(mask.shape[1], device=x.device)  # (B, R)
+    return torch.where(mask, x.gather(1, index.clamp(0, x.shape[1] - 1)), 0.0)
+
+
 def target_stats(
     model: CausalLM,
     input_ids: Tensor,  # (B, T)
@@ -151,18 +159,17 @@ def policy_stats(
     impl: str = "auto",
 ) -> dict[str, Tensor]:  # each (B, R); logprobs: log π(a_t), 0 at padding
     """The one function behind old, new and reference log-probs."""
-    ids, mask, speaks = rollout.sequences()
-    answers = mask[:, 1:] & (torch.arange(1, ids.shape[1], device=ids.device) > speaks[:, :1])  # (B, S - 1)
+    ids, mask, first = rollout.sequences()
+    answers = mask[:, 1:] & (torch.arange(1, ids.shape[1], device=ids.device) >= first)  # (B, S - 1)
     targets = torch.where(answers, ids[:, 1:], IGNORE)  # (B, S - 1)
     stats = target_stats(model, ids, mask, targets, temperature=temperature, want=want, impl=impl)
-    speaks = speaks.clamp(max=targets.shape[1] - 1)
-    return {name: torch.where(rollout.action_mask, x.gather(1, speaks), 0.0) for name, x in stats.items()}
+    return {name: of_responses(x, first, rollout.action_mask) for name, x in stats.items()}
 
 
 def state_values(model: ValueModel, rollout: Rollout) -> Tensor:  # (B, R) V(s_t), before a_t; 0 outside value_mask
     """The value model at the positions from which the answer's tokens are drawn."""
-    ids, mask, speaks = rollout.sequences()
-    return torch.where(rollout.value_mask, model(ids, mask).gather(1, speaks), 0.0)
+    ids, mask, first = rollout.sequences()
+    return of_responses(model(ids, mask), first, rollout.value_mask)
 
 
 Partition = Callable[[Tensor], Sequence[Tensor]]

@@ -22,6 +22,7 @@ from minirlhf.rollout import (
     judge,
     left_aligned,
     load_rollout,
+    of_responses,
     policy_stats,
     response_positions,
     reward_model_score,
@@ -108,10 +109,12 @@ def test_sequences_by_hand():
     rollout = Rollout(
         ids[:, :3], mask[:, :3], ids[:, 3:], mask[:, 3:], blank, blank, blank, blank, blank[:, 0], mask[:, 0]
     )
-    aligned, real, speaks = rollout.sequences()
+    aligned, real, first = rollout.sequences()
     assert aligned[real].tolist() == [5, 6, 7, 3, 4, 5, EOS]
     assert real.tolist() == [[True, True, True, False], [True] * 4]
-    assert speaks.tolist() == [[0, 1, 2], [2, 3, 3]]
+    assert first.tolist() == [[1], [3]]
+    assert of_responses(torch.arange(8).view(2, 4), first, mask[:, 3:]).tolist() == [[0, 1, 0], [6, 0, 0]]
+    assert of_responses(torch.arange(8).view(2, 4), first, mask[:, :0]).shape == (2, 0)
     assert rollout.total_lengths.tolist() == [3, 4]
     real[1, 1] = False  # a hole in a prompt stays one
     assert [x.tolist() for x in left_aligned(aligned, real)] == [aligned.tolist(), real.tolist()]

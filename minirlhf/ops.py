@@ -313,13 +313,14 @@ def _take_out(z: Tensor, m: Tensor) -> Tensor:  # (n, v), (n,) → (n,)
 
 
 def _tiles(N: int, V: int, C: int, device: str) -> Iterator[tuple[slice, slice]]:  # rows, columns
-    """A tile's logits and its part of the weight, each within the budget, and no tile the whole: where all columns fit,
-    a quarter of the rows; else rows stay together, since every tile reads its part of the weight. Depends on shapes
-    alone."""
+    """A tile's logits and its part of the weight, each within the budget; a quarter of the columns at most or, where
+    all of them fit, of the rows, so that no tile is the whole. Else rows stay together, since every tile reads its part
+    of the weight. Depends on shapes alone."""
     budget = BUDGET["cpu" if device == "cpu" else "cuda"] // 4  # numbers
     columns = min(COLS, budget // C)
-    n = max(1, min(ROWS, N if columns < V else -(-N // 4)))
-    v = max(1, min(columns, budget // n))
+    n, v = (N, -(-V // 4)) if columns < V else (-(-N // 4), V)
+    n = max(1, min(ROWS, n))
+    v = max(1, min(v, columns, budget // n))
     for start in range(0, V, v):
         for row in range(0, N, n):
             yield slice(row, min(row + n, N)), slice(start, min(start + v, V))

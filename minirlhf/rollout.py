@@ -85,8 +85,8 @@ class Rollout:
 
     def sequences(self) -> tuple[Tensor, Tensor, Tensor]:  # (B, S), (B, S) bool, (B, 1)
         """Prompts and responses as `left_aligned`, and where in them each response begins, see `of_responses`."""
-        padding = self.attention_mask.int().argmax(1, keepdim=True)  # (B, 1)
-        return *left_aligned(self.input_ids, self.attention_mask), self.prompts.shape[1] - padding
+        ids, mask, padding = left_aligned(self.input_ids, self.attention_mask)
+        return ids, mask, self.prompts.shape[1] - padding
 
     def texts(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
         """Prompts and responses."""
@@ -107,13 +107,13 @@ class Rollout:
 def left_aligned(
     input_ids: Tensor,  # (B, T)
     mask: Tensor,  # (B, T) bool, True = real token
-) -> tuple[Tensor, Tensor]:  # (B, S) each, 2 ≤ S ≤ T
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, S) each, 2 ≤ S ≤ T, and the padding taken away (B, 1)
     """Rows without the padding before them, cut to the longest: prompts of several lengths cost no forward."""
-    first, last = mask.int().argmax(1), last_true(input_ids, mask)  # (B,) each
-    index = torch.arange(max(2, int((last - first).max()) + 1), device=mask.device) + first[:, None]  # (B, S)
+    first, last = mask.int().argmax(1, keepdim=True), last_true(input_ids, mask)[:, None]  # (B, 1) each
+    index = torch.arange(max(2, int((last - first).max()) + 1), device=mask.device) + first  # (B, S)
     inside = index < mask.shape[1]
     index = index.clamp(max=mask.shape[1] - 1)
-    return input_ids.gather(1, index), mask.gather(1, index) & inside
+    return input_ids.gather(1, index), mask.gather(1, index) & inside, first
 
 
 def response_positions(x: Tensor, R: int) -> Tensor:  # (B, T, ...) → (B, R, ...)
@@ -190,7 +190,8 @@ def reward_model_score(model: RewardModel) -> Callable[[Rollout], Tensor]:
     """Scores of prompt and answer, read at the answer's last token."""
 
     def score(rollout: Rollout) -> Tensor:  # → (B,)
-        return model(*left_aligned(rollout.input_ids, torch.cat([rollout.prompt_mask, rollout.response_mask], 1)))
+        ids, mask, _ = left_aligned(rollout.input_ids, torch.cat([rollout.prompt_mask, rollout.response_mask], 1))
+        return model(ids, mask)
 
     return score
 

@@ -120,6 +120,18 @@ def test_whose_processor_it_is(tmp_path, monkeypatch):
 
 
 @needs_onednn
+def test_on_intel_torch_keeps_all_but_logits(spy, monkeypatch):
+    monkeypatch.setattr(products, "BY_MKL", True)
+    x, w, b = tensors(64, 256, out=128)
+    for a, c in zip(results(linear, (x, w, b)), results(F.linear, (x, w, b)), strict=True):
+        assert_close(a, c, exact)
+    assert_close(product(x, w.T), x @ w.T, exact)
+    assert not spy
+    linear(x, w, alike=True)
+    assert spy == [(64, 256)]
+
+
+@needs_onednn
 @needs_mkl
 @pytest.mark.parametrize(("by_mkl", "dtype", "called"), [
     (False, torch.float32, "mkldnn::_linear_pointwise"), (True, torch.float32, "mkl::_mkl_linear"),

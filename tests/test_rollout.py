@@ -117,9 +117,9 @@ def test_sequences_by_hand():
     assert of_responses(torch.arange(8).view(2, 4), first, mask[:, :0]).shape == (2, 0)
     assert rollout.total_lengths.tolist() == [3, 4]
     real[1, 1] = False  # a hole in a prompt stays one
-    assert [x.tolist() for x in left_aligned(aligned, real)] == [aligned.tolist(), real.tolist()]
+    assert [x.tolist() for x in left_aligned(aligned, real)] == [aligned.tolist(), real.tolist(), [[0], [0]]]
     both = [torch.tensor(x) for x in ([[PAD, 5]], [[False, True]])]
-    assert [x.tolist() for x in left_aligned(*both)] == [[[5, 5]], [[True, False]]]  # S is at least 2
+    assert [x.tolist() for x in left_aligned(*both)] == [[[5, 5]], [[True, False]], [[1]]]  # S is at least 2
 
 
 @pytest.mark.parametrize("score_at", ["last", "next", "column"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minirlhf.errors import NonFiniteError
-from minirlhf.model import Cache, CausalLM
+from minirlhf.model import Cache, CausalLM, factor_dtype
 from minirlhf.ops import token_logprobs
 from minirlhf.prepared import prepared
 from minirlhf.rng import generator
@@ -165,14 +165,17 @@ def _prefill(
     distinct, source = torch.unique(both, dim=0, return_inverse=True)  # (U, 2P), (B,)
     alone = len(distinct) == len(both)  # then in their own order, which saves a copy of the cache
     ids, seen = (input_ids, mask) if alone else (distinct[:, :P], distinct[:, P:].bool())
-    dtype = model.trunk.embed.weight.dtype
-    if ids.device.type == "cpu":  # one query at a time is fastest in fp32
-        dtype = torch.promote_types(dtype, torch.float32)
-    cache = Cache(model.config, len(ids), P + R, dtype=dtype, device=input_ids.device)
+    dtype = cache_dtype(model.trunk.embed.weight.dtype, ids.device.type)
+    cache = Cache(model.config, len(ids), P + R, dtype=dtype, device=ids.device)
     hidden = ready.hidden(ids, seen, cache=cache)[:, -1]
     if not alone:
         cache, hidden = cache.rows(source), hidden[source]
     return hidden, decoding(model, ready, cache, torch.cat([mask, mask.new_ones(len(mask), R)], 1))
+
+
+def cache_dtype(weights: torch.dtype, device: str) -> torch.dtype:
+    """That of keys and values; on a CPU at least fp32, where one query at a time is fastest."""
+    return torch.promote_types(weights, torch.float32) if device == "cpu" else factor_dtype(weights, device)
 
 
 def row_uniforms(rng: torch.Generator | Sequence[torch.Generator] | None, rows: int, n: int) -> Tensor:  # (rows, n)

@@ -43,9 +43,9 @@ def optimizer_bytes(trained: Sequence[nn.Parameter]) -> int:
     return sum(2 * p.numel() * p.element_size() + FP32 for p in trained)
 
 
-def cache_bytes(config: ModelConfig, rows: int, tokens: int) -> int:
+def cache_bytes(config: ModelConfig, rows: int, tokens: int, size: int = FP32) -> int:
     """Keys and values: 2 · L · B · H_kv · T · D numbers."""
-    return 2 * config.n_layer * rows * config.n_kv_head * tokens * config.head_dim * FP32
+    return 2 * config.n_layer * rows * config.n_kv_head * tokens * config.head_dim * size
 
 
 def activation_bytes(
@@ -172,8 +172,9 @@ def dry_run(config: Any, name: str) -> str:
     sizes = STAGES[name](replace(config, run=replace(config.run, device="meta")), quiet)
     table = role_bytes(sizes.models)
     architecture = next(iter(sizes.models.values())).config
-    cache = cache_bytes(architecture, sizes.answers, sizes.tokens)
-    where, largest = largest_activation(architecture, sizes, 2 if config.run.dtype == "bf16" else FP32, device)
+    size = 2 if config.run.dtype == "bf16" else FP32
+    cache = cache_bytes(architecture, sizes.answers, sizes.tokens, FP32 if device == "cpu" else size)
+    where, largest = largest_activation(architecture, sizes, size, device)
     total = [sum(column) for column in zip(*table.values(), strict=True)]
     rows = {role: [f"{n:,}" for n in row] for role, row in (table | {"total": total}).items()}
     rows |= {"rollout cache": [f"{cache:,}"], "largest activation": [f"{largest:,}", f"({where})"]}

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES, SWITCHES
-from minirlhf.products import Ready, linear
+from minirlhf.products import Ready, linear, product
 
 DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
 SIZES: tuple[str, ...] = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
@@ -225,8 +225,22 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def factor_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """In which dtype products take numbers of this one: autocast, where it is on, rounds fp32."""
+    on = dtype == torch.float32 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else dtype
+
+
+def as_factor(x: Tensor) -> Tensor:
+    """The x that products take."""
+    return x.to(factor_dtype(x.dtype, x.device.type))
+
+
 class Head(Linear):
-    """A bias-free linear map whose result is at least fp32, whatever the weights are: logits, scores and values."""
+    """A bias-free linear map whose result is at least fp32, whatever the weights are: logits, scores and values.
+
+    Logits are a product like any other for autocast, which rounds the factors; scores and values stay fp32.
+    """
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias=False)
@@ -240,8 +254,12 @@ class Head(Linear):
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:  # (..., C), (n_out, C) → (..., n_out)
         """x Wᵀ, at least fp32."""
+        if self.out_features > 1:
+            x, weight = as_factor(x), as_factor(weight)
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         with no_autocast(x.device.type):
+            if x.is_cuda and x.dtype == weight.dtype and not torch.is_grad_enabled():  # 16-bit factors as they are
+                return product(x.flatten(0, -2), weight.T).view(*x.shape[:-1], -1)
             return linear(x.to(dtype), weight.to(dtype), alike=self.out_features > 1)
 
 
@@ -519,10 +537,10 @@ def visible(
 
 
 def output_weight(head: nn.Module) -> Tensor:  # (V, C)
-    """The weight of a head, for those who multiply with it themselves; W + BA where an adapter is active on it."""
+    """The factor W of the logits, for those who multiply themselves; W + BA where an adapter is active on the head."""
     weight: Tensor = head.weight  # type: ignore[assignment]
     slot = vars(head).get("adapter")
-    return weight if slot is None else slot[0].merged(weight)
+    return as_factor(weight if slot is None else slot[0].merged(weight))
 
 
 class CausalLM(nn.Module):

@@ -263,7 +263,8 @@ class _Sums:
             if name in self.vectors:
                 vector, w = self.vectors[name][rows], self.inputs[1][cols]
                 _move(vector.T, self.vectors["s"][rows].T, shift, decay)
-                vector += product(part if bend is None else part * bend, w.to(self.inputs[0].dtype))
+                # Not rounded to 16 bits, on CUDA either: of a likely token nearly all of this is subtracted again.
+                vector += product(part if bend is None else part * bend, w.to(part.dtype))
 
     def norms(self) -> _Norms:
         """For the backward pass."""

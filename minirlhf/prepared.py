@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from minirlhf.model import MLP, Attention, Block, CausalLM, Embedding, Head, Linear, Norm, Trunk
-from minirlhf.products import Ready, packed
+from minirlhf.model import MLP, Attention, Block, CausalLM, Embedding, Head, Linear, Norm, Trunk, as_factor
+from minirlhf.products import ACTIVATIONS, Ready, packed
 
 KINDS = (CausalLM, Trunk, Block, Attention, MLP, Linear, Head, Norm, Embedding)
 PLAIN: dict[type, Callable[..., Any]] = {kind: kind.forward for kind in KINDS}  # whose calls can do without nn.Module
@@ -90,19 +91,26 @@ def _layers(module: nn.Module) -> tuple[list[Linear], str]:
 
 
 def _one_call(layers: list[Linear], rows: int, activation: str) -> Ready | None:
-    """The product of layers side by side; that of the head in fp32."""
-    first = layers[0]
-    dtype = first.weight.dtype
-    if isinstance(first, Head):
-        dtype = torch.promote_types(dtype, torch.float32)
-    elif torch.is_autocast_enabled(first.weight.device.type):
-        dtype = torch.get_autocast_dtype(first.weight.device.type)
-    weight: Tensor = first.weight if len(layers) == 1 else torch.cat([x.weight for x in layers])
-    bias = None if first.bias is None else torch.cat([x.bias for x in layers])
-    ready = packed(weight, bias, dtype, rows, activation)
-    if ready is None and isinstance(first, Head) and dtype != weight.dtype:
-        return partial(first.logits, weight=weight.to(dtype))
+    """The product of layers side by side."""
+    if isinstance(layers[0], Head):
+        return _logits(layers[0], rows)
+    weight = torch.cat([as_factor(x.weight) for x in layers]) if len(layers) > 1 else as_factor(layers[0].weight)
+    bias = None if layers[0].bias is None else as_factor(torch.cat([x.bias for x in layers]))
+    ready = packed(weight, bias, weight.dtype, rows, activation)
+    if ready is None and weight.dtype != layers[0].weight.dtype:  # rounded once, not at every step
+        act = ACTIVATIONS[activation][0]
+        return lambda x: act(F.linear(x, weight, bias))
     return ready
+
+
+def _logits(head: Head, rows: int) -> Ready | None:
+    """The factors rounded as the head does, once; multiplied in fp32, on a GPU as they are."""
+    weight = as_factor(head.weight)
+    wide = weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
+    ready = packed(wide, None, wide.dtype, rows)
+    if ready is not None:
+        return lambda x: ready(as_factor(x))
+    return None if wide is head.weight else partial(head.logits, weight=wide)
 
 
 def _norm(norm: Norm) -> Ready | None:

@@ -21,8 +21,8 @@ Ready = Callable[[Tensor], Tensor]  # x (..., n) → (..., m), a layer prepared 
 
 SMALLEST = 2**20  # multiplications; below, the call costs more than it saves
 PACKED = (torch.float32, torch.bfloat16)
-ACTIVATIONS: dict[str, tuple[Ready | None, tuple[str, list[float], str]]] = {  # torch's function, oneDNN's words
-    "": (None, ("none", [], "")),
+ACTIVATIONS: dict[str, tuple[Ready, tuple[str, list[float], str]]] = {  # torch's function, oneDNN's words
+    "": (lambda y: y, ("none", [], "")),
     "relu": (F.relu, ("relu", [], "")),
     "silu": (F.silu, ("swish", [], "")),
     "gelu": (F.gelu, ("gelu", [], "none")),
@@ -90,11 +90,7 @@ def _packed_by_mkl(weight: Tensor, bias: Tensor | None, rows: int, activation: s
     w = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
     call, act = torch.ops.mkl._mkl_linear.default, ACTIVATIONS[activation][0]
 
-    def ready(x: Tensor) -> Tensor:
-        y = call(x if x.dtype == torch.float32 else x.to(torch.float32), w, weight, bias, rows)
-        return y if act is None else act(y)
-
-    return ready
+    return lambda x: act(call(x if x.dtype == torch.float32 else x.to(torch.float32), w, weight, bias, rows))
 
 
 def _enabled() -> bool:
@@ -105,6 +101,7 @@ def _pays(x: Tensor, weight: Tensor, *, alike: bool = False) -> bool:
     size = x.numel() * len(weight)
     return (
         x.dtype == weight.dtype == torch.float32
+        and x.shape[-1:] == weight.shape[1:]  # else torch says more clearly what does not fit
         and x.device.type == "cpu"
         and (size > 0 if alike else size >= SMALLEST and not BY_MKL)
         and _enabled()

@@ -748,6 +748,19 @@ def test_the_cache_is_fp32_on_the_cpu(dtype):
     assert {t.dtype for t in (*cache.keys, *cache.values)} == {torch.float32}
 
 
+def test_elsewhere_the_cache_has_the_dtype_of_products():
+    assert generate_module.cache_dtype(torch.float32, "cuda") == torch.float32
+    assert generate_module.cache_dtype(torch.bfloat16, "cuda") == torch.bfloat16
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert generate_module.cache_dtype(torch.float32, "cuda") == torch.bfloat16
+        assert generate_module.cache_dtype(torch.float64, "cuda") == torch.float64
+        assert generate_module.cache_dtype(torch.float32, "cpu") == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
 def test_bf16_weights_give_fp32_log_probs(family):
     model = lm(family, torch.bfloat16)

@@ -102,8 +102,10 @@ def test_weights_are_counted_once():
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_cache(family):
     config = lm(family, n_kv_head=2 if family == "llama" else 4, n_layer=3).config
-    cache = Cache(config, 7, 11)
-    assert memory.cache_bytes(config, 7, 11) == sum(t.untyped_storage().nbytes() for t in cache.keys + cache.values)
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = Cache(config, 7, 11, dtype=dtype)
+        held = sum(t.untyped_storage().nbytes() for t in cache.keys + cache.values)
+        assert memory.cache_bytes(config, 7, 11, dtype.itemsize) == held
 
 
 def test_logits_of_sampling():

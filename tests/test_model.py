@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from tolerance import assert_close, exact, fp32, fp64
+from torch import nn
 
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES
-from minirlhf.model import Cache, CausalLM, ModelConfig, alibi_slopes, rope_frequencies, rotate
+from minirlhf.model import Cache, CausalLM, Head, ModelConfig, alibi_slopes, rope_frequencies, rotate
 
 V = 19
 SIZES = {"vocab_size": V, "n_layer": 2, "max_seq_len": 12}
@@ -414,6 +415,23 @@ def test_logits_are_fp32_at_least():
     assert logits.dtype == torch.float32
     assert_close(logits.double(), hidden.double() @ model.head.weight.double().T, fp32)
     assert make("llama")(tokens(1, 4)).dtype == torch.float64
+
+
+def test_autocast_rounds_the_factors_of_logits_and_nothing_else():
+    """Logits are W h of bf16 numbers in fp32; a score is W h of fp32 numbers; fp64 stays."""
+    model, score = make("llama", torch.float32), Head(16, 1)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    nn.init.constant_(score.weight, 0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, scores, wide = model.head(x), score(x), make("llama").head(x.double())
+    weight = model.head.weight
+    assert logits.dtype == scores.dtype == torch.float32
+    assert_close(logits.double(), x.bfloat16().double() @ weight.bfloat16().double().T, fp32)
+    assert bool(((logits - x @ weight.T).abs() > 1e-4).any())
+    assert_close(scores.double(), x.double() @ score.weight.double().T, fp32)
+    assert wide.dtype == torch.float64
+    logits.sum().backward()
+    assert weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "llama"])

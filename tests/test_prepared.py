@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_generate import PROMPTS, lm, run, streams
 from test_model import FAMILY, make, padded, tokens
+from test_ops import Largest
 from tolerance import assert_close, bf16, exact, fp32, fp64
 from torch import nn
 
@@ -143,6 +144,24 @@ def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
                 assert wide.dtype == torch.float32
             else:
                 assert type(made.head).__name__ == "Head"
+
+
+@pytest.mark.parametrize("smallest", [1, 10**12])
+def test_under_autocast_weights_are_rounded_once(monkeypatch, smallest):
+    """Whether packed or not: a step casts no weight, and multiplies what the model itself would multiply."""
+    monkeypatch.setattr(products, "SMALLEST", smallest)
+    model = make("gpt2", torch.float32)
+    x = torch.randn(3, 1, model.config.d_model, generator=torch.Generator().manual_seed(0))
+    block = model.trunk.blocks[0]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        made = prepared(model, 3, 16)
+        inner = made.trunk.blocks[0]
+        assert_close(made.head(x), model.head(x), fp32)
+        assert_close(inner.attn.qkv(x), block.attn.qkv(x), exact if smallest > 1 else bf16)
+        assert_close(inner.mlp(x), block.mlp(x), exact if smallest > 1 else bf16)
+        with Largest() as seen:
+            inner.attn.qkv(x), inner.mlp(x)
+    assert seen.numel <= x.numel() * 4  # (3, 1, 4C) activations, no (C, 4C) weight
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])

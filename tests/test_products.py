@@ -84,6 +84,15 @@ def test_other_dtypes_are_torchs_own(spy, dtype):
     assert not spy
 
 
+def test_shapes_that_do_not_fit_are_torchs_to_refuse(spy):
+    for function in (
+        lambda: linear(torch.ones(64, 99), torch.ones(256, 98)),
+        lambda: product(torch.ones(64, 99), torch.ones(98, 256)),
+    ):
+        with pytest.raises(RuntimeError, match="64x99 and 98x256"):
+            function()
+
+
 def test_small_products_are_torchs_own(spy):
     inputs = tensors(1, 4, out=8)
     assert_close(linear(*inputs), F.linear(*inputs), exact)

@@ -11,6 +11,7 @@ from minirlhf import rollout as rollouts
 from minirlhf.config import PPOSection
 from minirlhf.data import left_padded
 from minirlhf.errors import CheckpointError
+from minirlhf.evaluate import exact_kl
 from minirlhf.heads import RewardModel, ValueModel
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.ppo import epoch_plans
@@ -28,6 +29,7 @@ from minirlhf.rollout import (
     reward_model_score,
     save_rollout,
     state_values,
+    target_stats,
 )
 
 EOS, PAD, V = 1, 0, 23
@@ -99,6 +101,26 @@ def test_value_after_the_last_token_is_the_reward_models_score(family):
     values = roles.value_model(rollout.input_ids, rollout.attention_mask)  # (B, T)
     last = rollout.attention_mask.long().cumsum(1).argmax(1)
     assert_close(values[torch.arange(len(rollout)), last], reward(rollout.input_ids, rollout.attention_mask), fp32)
+
+
+def test_under_autocast_log_probs_and_kl_are_of_bf16_factors():
+    """Against the log-softmax in fp64 of W h, with W and h in bf16; so are the sampler's."""
+    roles, _ = roles_of("gpt2")
+    wide(roles.ref_policy, seed=7)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rollout = roll(roles, temperature=1.0)
+        ids, mask, R = rollout.input_ids, rollout.attention_mask, rollout.responses.shape[1]
+        asked = target_stats(roles.policy, ids, mask, rollout.responses)["logprobs"]
+        kl = exact_kl(roles, rollout, 1.0)
+        hidden = [response_positions(model.hidden(ids, mask), R) for model in roles[:2]]  # (B, R, C) each
+    factors = zip(hidden, (model.head.weight for model in roles[:2]), strict=True)
+    log_p, log_q = ((h.bfloat16().double() @ w.bfloat16().double().T).log_softmax(-1) for h, w in factors)
+    here = rollout.response_mask
+    assert_close(asked, log_p.gather(-1, rollout.responses[..., None])[..., 0], fp32)
+    assert_close(kl, torch.where(here, (log_p.exp() * (log_p - log_q)).sum(-1), 0.0).sum(1), fp32)
+    unrounded = hidden[0] @ roles.policy.head.weight.T
+    assert float((log_p - unrounded.log_softmax(-1)).abs().max()) > 1e-4
+    assert float((rollout.sampler_logprobs - rollout.old_logprobs)[rollout.action_mask].abs().max()) < 0.05
 
 
 def test_sequences_by_hand():

@@ -13,7 +13,7 @@ from torch import Tensor
 from minirlhf import dist, review_world
 from minirlhf.data import Example, RankedList, by_length, collate, left_padded, pad
 from minirlhf.heads import RewardModel
-from minirlhf.model import CausalLM, as_factor, output_weight
+from minirlhf.model import CausalLM, logit_factors
 from minirlhf.ops import head_stats
 from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, Roles, Rollout, collect, response_positions, target_stats
@@ -204,12 +204,11 @@ def exact_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:  # (
 def _exact_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:  # (B,)
     both = rollout.input_ids, rollout.attention_mask
     R = rollout.responses.shape[1]
-    states = (as_factor(model.hidden(*both)) for model in roles[:2])
-    hidden, ref_hidden = (response_positions(x, R).flatten(0, 1) for x in states)  # (B·R, C) each
+    states = (response_positions(model.hidden(*both), R).flatten(0, 1) for model in roles[:2])  # (B·R, C) each
+    own, ref = (logit_factors(model.head, x) for model, x in zip(roles[:2], states, strict=True))
     targets = torch.where(rollout.response_mask, rollout.responses, IGNORE)  # (B, R)
     kl = head_stats(
-        hidden, output_weight(roles.policy.head), targets.flatten(), temperature=temperature, want=("kl",),
-        ref_hidden=ref_hidden, ref_weight=output_weight(roles.ref_policy.head),
-    ).kl  # fmt: skip
+        *own, targets.flatten(), temperature=temperature, want=("kl",), ref_hidden=ref[0], ref_weight=ref[1]
+    ).kl
     assert kl is not None
     return kl.view_as(targets).sum(1)

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minirlhf.errors import NonFiniteError
-from minirlhf.model import Cache, CausalLM, factor_dtype
+from minirlhf.model import Cache, CausalLM
 from minirlhf.ops import token_logprobs
 from minirlhf.prepared import prepared
+from minirlhf.products import factor_dtype
 from minirlhf.rng import generator
 from minirlhf.steps import Steps, decoding
 

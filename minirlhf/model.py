@@ -6,7 +6,6 @@ no key turns into NaN, and NaN spreads through gradients; therefore every query 
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES, SWITCHES
-from minirlhf.products import Ready, linear, product
+from minirlhf.products import Ready, as_logit_factor, linear, no_autocast, product
 
 DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
 SIZES: tuple[str, ...] = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
@@ -220,27 +219,8 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def no_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast off, where it is on."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def factor_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """In which dtype products take numbers of this one: autocast, where it is on, rounds fp32."""
-    on = dtype == torch.float32 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else dtype
-
-
-def as_factor(x: Tensor) -> Tensor:
-    """The x that products take."""
-    return x.to(factor_dtype(x.dtype, x.device.type))
-
-
 class Head(Linear):
-    """A bias-free linear map whose result is at least fp32, whatever the weights are: logits, scores and values.
-
-    Logits are a product like any other for autocast, which rounds the factors; scores and values stay fp32.
-    """
+    """A bias-free linear map whose result is at least fp32, whatever the weights are: logits, scores and values."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias=False)
@@ -255,7 +235,7 @@ class Head(Linear):
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:  # (..., C), (n_out, C) → (..., n_out)
         """x Wᵀ, at least fp32."""
         if self.out_features > 1:
-            x, weight = as_factor(x), as_factor(weight)
+            x, weight = as_logit_factor(x), as_logit_factor(weight)
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         with no_autocast(x.device.type):
             if x.is_cuda and x.dtype == weight.dtype and not torch.is_grad_enabled():  # 16-bit factors as they are
@@ -536,11 +516,11 @@ def visible(
     return seen if bias is None else torch.where(seen, bias, -torch.inf)
 
 
-def output_weight(head: nn.Module) -> Tensor:  # (V, C)
-    """The factor W of the logits, for those who multiply themselves; W + BA where an adapter is active on the head."""
+def logit_factors(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:  # (..., C) → (..., C), (V, C)
+    """h and W of the logits W h, for those who multiply themselves; W + BA where an adapter is active on the head."""
     weight: Tensor = head.weight  # type: ignore[assignment]
     slot = vars(head).get("adapter")
-    return as_factor(weight if slot is None else slot[0].merged(weight))
+    return as_logit_factor(hidden), as_logit_factor(weight if slot is None else slot[0].merged(weight))
 
 
 class CausalLM(nn.Module):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from minirlhf.model import MLP, Attention, Block, CausalLM, Embedding, Head, Linear, Norm, Trunk, as_factor
-from minirlhf.products import ACTIVATIONS, Ready, packed
+from minirlhf.model import MLP, Attention, Block, CausalLM, Embedding, Head, Linear, Norm, Trunk
+from minirlhf.products import ACTIVATIONS, Ready, as_factor, as_logit_factor, packed
 
 KINDS = (CausalLM, Trunk, Block, Attention, MLP, Linear, Head, Norm, Embedding)
 PLAIN: dict[type, Callable[..., Any]] = {kind: kind.forward for kind in KINDS}  # whose calls can do without nn.Module
@@ -104,13 +104,11 @@ def _one_call(layers: list[Linear], rows: int, activation: str) -> Ready | None:
 
 
 def _logits(head: Head, rows: int) -> Ready | None:
-    """The factors rounded as the head does, once; multiplied in fp32, on a GPU as they are."""
-    weight = as_factor(head.weight)
+    """The weight as the head multiplies it: a bf16 one is brought to fp32 once, a GPU takes it as it is."""
+    weight = as_logit_factor(head.weight)
     wide = weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
     ready = packed(wide, None, wide.dtype, rows)
-    if ready is not None:
-        return lambda x: ready(as_factor(x))
-    return None if wide is head.weight else partial(head.logits, weight=wide)
+    return partial(head.logits, weight=wide) if ready is None and wide is not head.weight else ready
 
 
 def _norm(norm: Norm) -> Ready | None:

@@ -8,6 +8,7 @@ small products, other dtypes and other devices are torch's own anyway.
 
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 Ready = Callable[[Tensor], Tensor]  # x (..., n) → (..., m), a layer prepared for many calls
 
 SMALLEST = 2**20  # multiplications; below, the call costs more than it saves
+LOGITS_BY_FP32 = ("cpu",)  # devices on which a bf16 run multiplies them in fp32; an H100 is 15 times slower at that
 PACKED = (torch.float32, torch.bfloat16)
 ACTIVATIONS: dict[str, tuple[Ready, tuple[str, list[float], str]]] = {  # torch's function, oneDNN's words
     "": (lambda y: y, ("none", [], "")),
@@ -61,6 +63,27 @@ def product(a: Tensor, b: Tensor) -> Tensor:  # (n, k), (k, m) → (n, m) at lea
     if b.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
     return _onednn(a, b.T, None) if _pays(a, b.T) else torch.mm(a, b)
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast off, where it is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def factor_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """In which dtype products take numbers of this one: autocast, where it is on, rounds fp32."""
+    on = dtype == torch.float32 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else dtype
+
+
+def as_factor(x: Tensor) -> Tensor:
+    """The x that products take."""
+    return x.to(factor_dtype(x.dtype, x.device.type))
+
+
+def as_logit_factor(x: Tensor) -> Tensor:
+    """The x that products take whose results are logits: as it is on a CPU, rounded where fp32 is far slower."""
+    return x if x.device.type in LOGITS_BY_FP32 else as_factor(x)
 
 
 def packed(

@@ -23,7 +23,7 @@ from minirlhf.data import decode
 from minirlhf.errors import CheckpointError
 from minirlhf.generate import Generation, generate
 from minirlhf.heads import RewardModel, ValueModel, last_true
-from minirlhf.model import CausalLM, as_factor, output_weight
+from minirlhf.model import CausalLM, logit_factors
 from minirlhf.ops import head_stats
 from minirlhf.tokenizer import Tokenizer
 
@@ -146,7 +146,7 @@ def target_stats(
     packed: dict[str, Any] = {} if texts is None else {"texts": texts}  # a model for other rows need not know of them
     hidden = response_positions(model.hidden(input_ids, attention_mask, **packed), targets.shape[1])  # (B, R, C)
     how: dict[str, Any] = {"temperature": temperature, "want": want, "impl": impl}
-    stats = head_stats(as_factor(hidden).flatten(0, 1), output_weight(model.head), targets.flatten(), **how)
+    stats = head_stats(*logit_factors(model.head, hidden.flatten(0, 1)), targets.flatten(), **how)
     return {name: getattr(stats, name).view_as(targets) for name in want}
 
 

@@ -25,7 +25,7 @@ from minirlhf.lora import (
     target_modules,
     use_adapter,
 )
-from minirlhf.model import CausalLM, ModelConfig, output_weight
+from minirlhf.model import CausalLM, ModelConfig, logit_factors
 from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, Rollout, policy_stats, state_values, target_stats
 
@@ -110,9 +110,9 @@ def test_under_autocast_the_head_s_adapter_is_exact():
     stir(model, "a")
     hidden = torch.randn(5, 16)
     with use_adapter(model, "a"), torch.no_grad():
-        expected = hidden @ output_weight(model.head).T
+        expected = hidden @ logit_factors(model.head, hidden)[1].T
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(output_weight(model.head), model.head.weight + 2.0 * dense_update(model, "a"))
+            assert torch.equal(logit_factors(model.head, hidden)[1], model.head.weight + 2.0 * dense_update(model, "a"))
             assert_close(model.head(hidden), expected, fp32)
 
 

@@ -7,6 +7,7 @@ import torch
 from tolerance import assert_close, exact, fp32, fp64
 from torch import nn
 
+from minirlhf import products
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES
 from minirlhf.model import Cache, CausalLM, Head, ModelConfig, alibi_slopes, rope_frequencies, rotate
@@ -417,8 +418,10 @@ def test_logits_are_fp32_at_least():
     assert make("llama")(tokens(1, 4)).dtype == torch.float64
 
 
-def test_autocast_rounds_the_factors_of_logits_and_nothing_else():
-    """Logits are W h of bf16 numbers in fp32; a score is W h of fp32 numbers; fp64 stays."""
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_under_autocast_a_gpu_rounds_the_factors_of_logits_and_nothing_else(on_gpu, monkeypatch):
+    """There W h of bf16 numbers, summed in fp32; on a CPU, as a score everywhere, of fp32 numbers; fp64 stays."""
+    monkeypatch.setattr(products, "LOGITS_BY_FP32", ("meta" if on_gpu else "cpu",))
     model, score = make("llama", torch.float32), Head(16, 1)
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     nn.init.constant_(score.weight, 0.3)
@@ -426,8 +429,11 @@ def test_autocast_rounds_the_factors_of_logits_and_nothing_else():
         logits, scores, wide = model.head(x), score(x), make("llama").head(x.double())
     weight = model.head.weight
     assert logits.dtype == scores.dtype == torch.float32
-    assert_close(logits.double(), x.bfloat16().double() @ weight.bfloat16().double().T, fp32)
-    assert bool(((logits - x @ weight.T).abs() > 1e-4).any())
+    truth = {
+        on: h.double() @ w.double().T for on, h, w in ((True, x.bfloat16(), weight.bfloat16()), (False, x, weight))
+    }
+    assert_close(logits.double(), truth[on_gpu], fp32)
+    assert bool(((logits - truth[not on_gpu]).abs() > 1e-4).any())
     assert_close(scores.double(), x.double() @ score.weight.double().T, fp32)
     assert wide.dtype == torch.float64
     logits.sum().backward()

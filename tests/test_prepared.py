@@ -146,10 +146,11 @@ def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
                 assert type(made.head).__name__ == "Head"
 
 
-@pytest.mark.parametrize("smallest", [1, 10**12])
-def test_under_autocast_weights_are_rounded_once(monkeypatch, smallest):
+@pytest.mark.parametrize(("smallest", "on_gpu"), [(1, False), (10**12, False), (10**12, True)])
+def test_under_autocast_weights_are_rounded_once(monkeypatch, smallest, on_gpu):
     """Whether packed or not: a step casts no weight, and multiplies what the model itself would multiply."""
     monkeypatch.setattr(products, "SMALLEST", smallest)
+    monkeypatch.setattr(products, "LOGITS_BY_FP32", ("meta" if on_gpu else "cpu",))
     model = make("gpt2", torch.float32)
     x = torch.randn(3, 1, model.config.d_model, generator=torch.Generator().manual_seed(0))
     block = model.trunk.blocks[0]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tolerance import assert_close, exact, fp32, fp64
 
+from minirlhf import products
 from minirlhf import rollout as rollouts
 from minirlhf.config import PPOSection
 from minirlhf.data import left_padded
@@ -103,8 +104,10 @@ def test_value_after_the_last_token_is_the_reward_models_score(family):
     assert_close(values[torch.arange(len(rollout)), last], reward(rollout.input_ids, rollout.attention_mask), fp32)
 
 
-def test_under_autocast_log_probs_and_kl_are_of_bf16_factors():
-    """Against the log-softmax in fp64 of W h, with W and h in bf16; so are the sampler's."""
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_log_probs_and_kl_under_autocast(on_gpu, monkeypatch):
+    """Against the log-softmax in fp64 of W h, for a GPU with W and h in bf16; so are the sampler's."""
+    monkeypatch.setattr(products, "LOGITS_BY_FP32", ("meta" if on_gpu else "cpu",))
     roles, _ = roles_of("gpt2")
     wide(roles.ref_policy, seed=7)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -113,13 +116,18 @@ def test_under_autocast_log_probs_and_kl_are_of_bf16_factors():
         asked = target_stats(roles.policy, ids, mask, rollout.responses)["logprobs"]
         kl = exact_kl(roles, rollout, 1.0)
         hidden = [response_positions(model.hidden(ids, mask), R) for model in roles[:2]]  # (B, R, C) each
-    factors = zip(hidden, (model.head.weight for model in roles[:2]), strict=True)
-    log_p, log_q = ((h.bfloat16().double() @ w.bfloat16().double().T).log_softmax(-1) for h, w in factors)
+    expected, other = (
+        [
+            (h.to(dtype).double() @ model.head.weight.to(dtype).double().T).log_softmax(-1)
+            for h, model in zip(hidden, roles[:2], strict=True)
+        ]
+        for dtype in ((torch.bfloat16, torch.float32) if on_gpu else (torch.float32, torch.bfloat16))
+    )
+    log_p, log_q = expected
     here = rollout.response_mask
     assert_close(asked, log_p.gather(-1, rollout.responses[..., None])[..., 0], fp32)
     assert_close(kl, torch.where(here, (log_p.exp() * (log_p - log_q)).sum(-1), 0.0).sum(1), fp32)
-    unrounded = hidden[0] @ roles.policy.head.weight.T
-    assert float((log_p - unrounded.log_softmax(-1)).abs().max()) > 1e-4
+    assert bool(((log_p - other[0]).abs() > 1e-4).any())
     assert float((rollout.sampler_logprobs - rollout.old_logprobs)[rollout.action_mask].abs().max()) < 0.05
 
 

@@ -23,7 +23,7 @@ from minirlhf.alarms import Limits, alarms, signals
 from minirlhf.config import PPOConfig, preset_line
 from minirlhf.data import left_padded, step_rows
 from minirlhf.engine import Engine, moment
-from minirlhf.evaluate import Gold, examine, frontier_share, summary
+from minirlhf.evaluate import EXAM, Gold, examine, frontier_share, summary
 from minirlhf.forensics import Guard
 from minirlhf.memory import dry_run
 from minirlhf.optim import adamw, keep_mean, lr_factor, set_lr
@@ -38,7 +38,6 @@ from minirlhf.run import Run, Snapshot, run_script, write_json
 SHOWN = (0, 10, 16, 100)  # iterations after which the same prompts are answered for the report, and the last one
 PROBED = 64  # ordinary answers, against which the reward model's opinion of degenerate ones is held
 MEASURED = 256  # answers that ppo.metric_fn judges at once
-EXAM = 1024  # answers that are drawn before the first and after the last iteration
 WORDS = ("objective/scores", "gold/score", "objective/kl", "response/length_mean", "tokens_per_s")
 
 

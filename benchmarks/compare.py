@@ -23,14 +23,13 @@ import torch
 from minirlhf import review_world, stage
 from minirlhf.config import PPOConfig, RMConfig, load_config
 from minirlhf.data import encode_sft
-from minirlhf.evaluate import examine, score_texts, sft_loss, summary
+from minirlhf.evaluate import EXAM, examine, score_texts, sft_loss, summary
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.ptx import HELD_OUT, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 25_600  # answers: 100 iterations of 256
 K = 8  # answers of a list of best-of-n
-EXAM = 1024
 SUPERVISED = [
     "--optim.lr",
     "5e-4",

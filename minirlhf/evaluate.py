@@ -22,6 +22,7 @@ from minirlhf.tokenizer import Tokenizer
 
 Gold = Callable[[Sequence[str], Sequence[str], Sequence[bool]], list[float]]  # prompts, responses, EOS seen → gold
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+EXAM = 1024  # answers by which a policy is judged before and after its training
 
 
 # ---- language model -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from unittest import mock
@@ -66,6 +67,7 @@ def interpreter(argv, cwd, files):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.chdir(cwd)
+    import_module("minirlhf.evaluate").EXAM = 64  # of a small run the exams would be a third
     sys.modules["matplotlib"] = None  # not installed: a report without figures takes a quarter less of a small run
     sys.path[:] = [str(ROOT), *(p for p in sys.path if not Path(p).is_relative_to(ROOT / "tests"))]
     if argv[0] == "-m":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import time
 
@@ -77,6 +78,8 @@ def test_the_whole_of_rlhf(pipeline):
         k.removeprefix("val/") for k in metrics(cwd / "runs/rm")[-1]
     }
     assert len(json.loads((cwd / "runs/rm/probe.json").read_text())["probe"]) >= 8
+    exams = json.loads((cwd / "runs/ppo/evaluation.json").read_text())
+    assert [exams[when]["answers"] for when in ("before", "after")] == [1024, 1024]
 
 
 def test_a_rerun_is_bitwise_equal_and_sets_the_earlier_run_aside(pipeline):
@@ -100,11 +103,12 @@ def test_a_killed_run_resumes_bit_for_bit(pipeline, name, tmp_path):
     cwd, _ = pipeline
     argv = [*TINY[name], "--run.save_every", "1", "--run.log_every", "1", "--run.dir"]
     script(name, *argv, tmp_path / "whole", cwd=cwd)
-    process = start(name, *argv, tmp_path / "cut", cwd=cwd)
-    while process.poll() is None and not (tmp_path / "cut/checkpoints/step_00000002").exists():
+    command = [str(x) for x in (ROOT / f"train_{name}.py", *argv, tmp_path / "cut")]
+    process = processes.forked(processes.interpreter, command, str(cwd), [os.devnull] * 3)
+    while process.is_alive() and not (tmp_path / "cut/checkpoints/step_00000002").exists():
         time.sleep(0.005)
     process.kill()
-    process.communicate()
+    process.join()
     assert not (tmp_path / "cut/final").exists()
     script(name, *argv, tmp_path / "cut", "--run.resume", "true", cwd=cwd)
     assert digests(tmp_path / "cut/final") == digests(tmp_path / "whole/final")

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES, SWITCHES
-from minirlhf.products import Ready, as_logit_factor, linear, no_autocast, product
+from minirlhf.products import Ready, as_factor, as_logit_factor, linear, no_autocast, product
 
 DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
 SIZES: tuple[str, ...] = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
@@ -302,6 +302,7 @@ class Attention(nn.Module):
         if self.layout == "heads":
             q, k, v = self.qkv(x).view(B, T, -1, 3, D).permute(3, 0, 2, 1, 4).unbind(0)
         elif self.layout == "split" and self.ready is None:
+            x = as_factor(x)  # once, not for each of the three
             q, k, v = (layer(x).view(B, T, -1, D).transpose(1, 2) for layer in (self.q, self.k, self.v))
         else:
             qkv = (self.qkv(x) if self.ready is None else self.ready(x)).view(B, T, -1, D).transpose(1, 2)
@@ -364,7 +365,11 @@ class MLP(nn.Module):
         """One hidden layer."""
         if self.gate is None:
             return self.down(self.act(self.up(x)) if self.ready is None else self.ready(x))
-        gate, up = (self.gate(x), self.up(x)) if self.ready is None else self.ready(x).chunk(2, -1)
+        if self.ready is None:
+            x = as_factor(x)  # once for both
+            gate, up = self.gate(x), self.up(x)
+        else:
+            gate, up = self.ready(x).chunk(2, -1)
         return self.down(self.act(gate) * up)
 
     def act(self, x: Tensor) -> Tensor:  # same shape

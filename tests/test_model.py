@@ -6,6 +6,7 @@ import pytest
 import torch
 from tolerance import assert_close, exact, fp32, fp64
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirlhf import products
 from minirlhf.errors import UsageError
@@ -438,6 +439,30 @@ def test_under_autocast_a_gpu_rounds_the_factors_of_logits_and_nothing_else(on_g
     assert wide.dtype == torch.float64
     logits.sum().backward()
     assert weight.grad.dtype == torch.float32
+
+
+class Rounded(TorchDispatchMode):
+    """Shapes of what is rounded to bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_under_autocast_activations_are_rounded_once(name):
+    """Per layer the outputs of the two norms, for q, k and v or gate and up together."""
+    model, ids = make(name, torch.float32), tokens(3, 5)
+    config = model.config
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Rounded() as seen:
+        model.hidden(ids)
+    assert seen.shapes.count((3, 5, config.d_model)) == 2 * config.n_layer
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "llama"])

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 from faults import REAL_WRITE, disk_calls
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import train_ppo  # noqa: E402
 import train_rm  # noqa: E402
 import train_sft  # noqa: E402
+from minirlhf import stage  # noqa: E402
 from minirlhf.config import PPOConfig, RMConfig, SFTConfig  # noqa: E402
 from minirlhf.run import run_script  # noqa: E402
 
@@ -42,11 +44,20 @@ SUBJECTS = {
     "ppo": (train_ppo, PPOConfig, "ppo", PPO),
     "ppo-lora": (train_ppo, PPOConfig, "ppo", [*PPO, "--lora.r", "2"]),
 }  # fmt: skip
-for stage in (train_sft, train_rm, train_ppo):
-    stage.write_report = lambda folder: folder  # comes after final/, and its figures take longer than all the rest
-train_ppo.EXAM = 64
 torch.optim.AdamW([torch.zeros(1)])  # imports what a first optimizer imports
 FILES = ("samples.jsonl", "alarms.jsonl", "evaluation.json")
+
+
+def run(subject, *extra):
+    """The subject in this process; its exit code. What comes later of the settings counts.
+
+    Without a report, which comes after final/ and whose figures take longer than all the rest, and with small exams.
+    """
+    module, config, name, argv = SUBJECTS[subject]
+    given = [*SMALL, *argv, *extra]
+    flags = dict(zip(given[::2], given[1::2], strict=True))
+    with mock.patch.object(stage, "write_report", lambda folder: folder), mock.patch.object(train_ppo, "EXAM", 64):
+        return run_script(module.main, config, name, [x for pair in flags.items() for x in pair])
 
 
 def start(subject, cwd, folder, *extra, act=None):
@@ -57,10 +68,9 @@ def start(subject, cwd, folder, *extra, act=None):
     os.chdir(cwd)
     log = os.open(f"{folder.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
-    module, config, name, argv = SUBJECTS[subject]
     with disk_calls(act) if act else contextlib.nullcontext():
         try:
-            code = run_script(module.main, config, name, [*SMALL, *argv, "--run.dir", str(folder), *extra])
+            code = run(subject, "--run.dir", str(folder), *extra)
         except SystemExit as e:
             code = e.code
         except BaseException as e:  # noqa: BLE001  (a child must never return into the parent's code)

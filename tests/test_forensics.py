@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from kill_matrix import SMALL, SUBJECTS
+from kill_matrix import run
 from tolerance import assert_close, exact
 
 import train_ppo
@@ -17,7 +17,6 @@ from minirlhf.errors import NonFiniteError
 from minirlhf.forensics import first_bad_module
 from minirlhf.ppo import epoch_plans, require_finite
 from minirlhf.rollout import load_rollout
-from minirlhf.run import run_script
 
 NAN = float("nan")
 
@@ -28,13 +27,6 @@ def _signals_stay():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def run(subject, *extra):
-    module, config, name, argv = SUBJECTS[subject]
-    given = [*SMALL, *argv, *extra]  # what comes later counts
-    flags = dict(zip(given[::2], given[1::2], strict=True))
-    return run_script(module.main, config, name, [x for pair in flags.items() for x in pair])
 
 
 @pytest.fixture(scope="module")

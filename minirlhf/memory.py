@@ -53,13 +53,17 @@ def activation_bytes(
     rows: int,  # b sequences of one forward
     tokens: int,  # T tokens of the longest
     size: int = FP32,  # bytes of a number
+    *,
+    masked: bool = True,  # padding on the left, or several texts in a row
 ) -> dict[str, int]:
     """The large tensors of a forward, by name; every other one is smaller than one of these."""
     c, N = config, rows * tokens
     attention = max(c.n_head * c.head_dim, c.n_kv_head * c.head_dim) * (3 if c.qkv != "split" else 1)
     found = {"hidden state": N * c.d_model * size, "attention": N * attention * size, "MLP": N * c.d_inner * size}
     square = rows * tokens * tokens
-    return found | ({"ALiBi bias": square * c.n_head * FP32} if c.position == "alibi" else {"mask": square * size})
+    if c.position == "alibi":
+        return found | {"ALiBi bias": square * c.n_head * FP32}
+    return found | ({"mask": square * size} if masked or c.sliding_window is not None else {})
 
 
 def head_bytes(config: ModelConfig, positions: int, device: str = "cpu") -> int:
@@ -85,6 +89,7 @@ class Sizes(NamedTuple):
     targets: int = 0  # of each row, tokens whose log-prob is asked for
     answers: int = 0  # drawn at once
     prompts: tuple[int, int] = (0, 0)  # distinct ones among them, and tokens of the longest
+    packed: bool = False  # several texts in a row of the update
 
 
 def sft_sizes(config: Any, run: Any) -> Sizes:
@@ -99,7 +104,7 @@ def sft_sizes(config: Any, run: Any) -> Sizes:
     room = c.data.max_length or model.config.max_seq_len
     examples, _ = encode_sft(records, loaded.tokenizer, loaded.template, room)
     longest = room if c.sft.pack else max(len(example.ids) for example in examples)
-    return Sizes({"model": model}, c.sft.microbatch_size, longest, targets=longest - 1)
+    return Sizes({"model": model}, c.sft.microbatch_size, longest, targets=longest - 1, packed=c.sft.pack)
 
 
 def rm_sizes(config: Any, run: Any) -> Sizes:
@@ -196,7 +201,8 @@ def role_bytes(models: Mapping[str, nn.Module]) -> dict[str, list[int]]:
 
 def largest_activation(config: ModelConfig, sizes: Sizes, size: int, device: str) -> tuple[str, int]:
     """Its name and bytes, in the update or in sampling."""
-    found = {f"{name}, update": n for name, n in activation_bytes(config, sizes.rows, sizes.tokens, size).items()}
+    update = activation_bytes(config, sizes.rows, sizes.tokens, size, masked=sizes.packed)
+    found = {f"{name}, update": n for name, n in update.items()}
     if any(vars(getattr(model, "head", model)).get("adapter") for model in sizes.models.values()):
         found["head under its adapter, update"] = config.vocab_size * config.d_model * FP32  # and its gradient
     if sizes.targets:

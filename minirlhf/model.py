@@ -486,6 +486,8 @@ class Trunk(nn.Module):
             angle = positions[:, None, :, None] * rope_row(config, wide, x.device)  # (B, 1, T, d)
             rope = angle.cos(), angle.sin()
         windows = [config.window(i) for i in range(config.n_layer)]
+        if mask is not None and T == S and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+            mask = None  # padding on the right alone is after all that is real: causal attention does not see it
         masks = {w: visible(mask, keys, T, w, bias, texts) for w in set(windows)}
         return View(positions, [masks[w] for w in windows], rope)
 

@@ -47,14 +47,15 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def take_a_step(model, targets=20):
-    """Forward, backward and AdamW on (5, 40)."""
-    ids, rng = torch.randint(50, (5, 40), generator=generator(0, "ids")), generator(0, "x")
-    mask = torch.rand(ids.shape, generator=rng) < 2
-    mask[0, :7] = False
+def take_a_step(model, targets=20, packed=True):
+    """Forward, backward and AdamW on (5, 40), of two texts to a row or of one."""
+    ids = torch.randint(50, (5, 40), generator=generator(0, "ids"))
+    mask = torch.ones(ids.shape, dtype=torch.bool)
+    mask[0, -7:] = False
+    texts = (torch.arange(40) > 30).long().expand(ids.shape) if packed else None
     optimizer = adamw(model.named_parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
     with Largest(model) as seen:
-        target_stats(model, ids, mask, ids[:, -targets:])["logprobs"].sum().backward()
+        target_stats(model, ids, mask, ids[:, -targets:], texts=texts)["logprobs"].sum().backward()
     optimizer.step()
     return seen.bytes, optimizer
 
@@ -63,10 +64,19 @@ def take_a_step(model, targets=20):
 def test_largest_activation(name):
     family, sizes = CASES[name]
     model = lm(family, **sizes)
-    told = memory.Sizes({"model": model}, 5, 40, targets=20)
+    told = memory.Sizes({"model": model}, 5, 40, targets=20, packed=True)
     where, largest = memory.largest_activation(model.config, told, 4, "cpu")
     assert where.removesuffix(", update") == {"MLP, gated": "MLP", "split": "attention"}.get(name, name)
     assert largest == take_a_step(model)[0]
+
+
+@pytest.mark.parametrize("sliding_window", [None, 16])
+def test_texts_alone_in_their_rows_need_a_mask_for_a_window_alone(sliding_window):
+    model = lm("llama", d_inner=8, n_kv_head=1, head_dim=2, sliding_window=sliding_window)
+    told = memory.Sizes({"model": model}, 5, 40, targets=20)
+    where, largest = memory.largest_activation(model.config, told, 4, "cpu")
+    assert where == ("mask" if sliding_window else "hidden state") + ", update"
+    assert largest == take_a_step(model, packed=False)[0]
 
 
 def test_gradients_and_moments():

@@ -8,6 +8,7 @@ from tolerance import assert_close, exact, fp32, fp64
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minirlhf import model as model_module
 from minirlhf import products
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES
@@ -439,6 +440,24 @@ def test_under_autocast_a_gpu_rounds_the_factors_of_logits_and_nothing_else(on_g
     assert wide.dtype == torch.float64
     logits.sum().backward()
     assert weight.grad.dtype == torch.float32
+
+
+@FAMILY
+def test_padding_on_the_right_alone_needs_no_mask(name, monkeypatch):
+    """What is real comes first and is that of the row alone; with padding elsewhere in one row there is a mask."""
+    model, ids, masks = make(name), tokens(3, 6), []
+    build = model_module.visible
+    monkeypatch.setattr(model_module, "visible", lambda mask, *a: (masks.append(mask), build(mask, *a))[1])
+    mask = torch.arange(6) < torch.tensor([[6], [4], [1]])
+    hidden = model.hidden(ids, mask)
+    assert masks
+    assert all(m is None for m in masks)
+    for row, length in enumerate((6, 4, 1)):
+        assert_close(hidden[row, :length], model.hidden(ids[row : row + 1, :length])[0], fp64)
+    for gap in (0, 2):
+        masks.clear()
+        model.hidden(ids, mask.index_put((torch.tensor(1), torch.tensor(gap)), torch.tensor(False)))
+        assert all(m is not None for m in masks)
 
 
 class Rounded(TorchDispatchMode):

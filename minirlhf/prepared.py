@@ -92,12 +92,14 @@ def _layers(module: nn.Module) -> tuple[list[Linear], str]:
 
 def _one_call(layers: list[Linear], rows: int, activation: str) -> Ready | None:
     """The product of layers side by side."""
-    if isinstance(layers[0], Head):
-        return _logits(layers[0], rows)
-    weight = torch.cat([as_factor(x.weight) for x in layers]) if len(layers) > 1 else as_factor(layers[0].weight)
-    bias = None if layers[0].bias is None else as_factor(torch.cat([x.bias for x in layers]))
+    first = layers[0]
+    if isinstance(first, Head):
+        return _logits(first, rows)
+    weights = [as_factor(x.weight) for x in layers]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    bias = None if first.bias is None else as_factor(torch.cat([x.bias for x in layers]))
     ready = packed(weight, bias, weight.dtype, rows, activation)
-    if ready is None and weight.dtype != layers[0].weight.dtype:  # rounded once, not at every step
+    if ready is None and weight.dtype != first.weight.dtype:  # rounded once, not at every step
         act = ACTIVATIONS[activation][0]
         return lambda x: act(F.linear(x, weight, bias))
     return ready

@@ -138,6 +138,7 @@ def test_weights_are_prepared_from_sixteen_tokens_on(monkeypatch):
         for steps in (15, 16):
             made = prepared(model, 1, steps)
             assert type(made.trunk.blocks[0].mlp.up).__name__ == "Linear"
+            assert type(made.trunk.blocks[0].attn.out).__name__ == "Linear"
             if dtype == torch.bfloat16 and steps == 16:
                 wide = made.head.keywords["weight"]
                 assert_close(wide, model.head.weight.float(), exact)
@@ -153,7 +154,13 @@ def test_under_autocast_weights_are_rounded_once(monkeypatch, smallest, on_gpu):
     monkeypatch.setattr(products, "LOGITS_BY_FP32", ("meta" if on_gpu else "cpu",))
     model = make("gpt2", torch.float32)
     x = torch.randn(3, 1, model.config.d_model, generator=torch.Generator().manual_seed(0))
-    block = model.trunk.blocks[0]
+    block, packs, pack = model.trunk.blocks[0], [], products.packed
+
+    def packed(*a):
+        ready = pack(*a)
+        return ready and (lambda x: (packs.append(x), ready(x))[1])
+
+    monkeypatch.setattr(prepared_module, "packed", packed)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         made = prepared(model, 3, 16)
         inner = made.trunk.blocks[0]
@@ -163,6 +170,7 @@ def test_under_autocast_weights_are_rounded_once(monkeypatch, smallest, on_gpu):
         with Largest() as seen:
             inner.attn.qkv(x), inner.mlp(x)
     assert seen.numel <= x.numel() * 4  # (3, 1, 4C) activations, no (C, 4C) weight
+    assert len(packs) == (1 + 2 * 3 if smallest == 1 and torch.backends.mkldnn.is_available() else 0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])

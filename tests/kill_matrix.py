@@ -56,7 +56,11 @@ def run(subject, *extra):
     module, config, name, argv = SUBJECTS[subject]
     given = [*SMALL, *argv, *extra]
     flags = dict(zip(given[::2], given[1::2], strict=True))
-    with mock.patch.object(stage, "write_report", lambda folder: folder), mock.patch.object(train_ppo, "EXAM", 64):
+    with (
+        mock.patch.object(stage, "write_report", lambda folder: folder),
+        mock.patch.object(stage, "VALIDATION", 64),
+        mock.patch.object(train_ppo, "EXAM", 64),
+    ):
         return run_script(module.main, config, name, [x for pair in flags.items() for x in pair])
 
 

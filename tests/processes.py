@@ -18,6 +18,9 @@ from unittest import mock
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TIMEOUT = 240  # seconds
+SMALLER = [  # how much is held out and examined, which else would be most of a small run
+    ("minirlhf.evaluate", "EXAM", 64), ("minirlhf.stage", "VALIDATION", 64), ("minirlhf.ptx", "HELD_OUT", 64),
+]  # fmt: skip
 MP = multiprocessing.get_context("forkserver")
 MP.set_forkserver_preload(
     ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "minirlhf.fsdp", "minirlhf.stage"]
@@ -67,7 +70,8 @@ def interpreter(argv, cwd, files):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.chdir(cwd)
-    import_module("minirlhf.evaluate").EXAM = 64  # of a small run the exams would be a third
+    for module, name, n in SMALLER:
+        setattr(import_module(module), name, n)
     sys.modules["matplotlib"] = None  # not installed: a report without figures takes a quarter less of a small run
     sys.path[:] = [str(ROOT), *(p for p in sys.path if not Path(p).is_relative_to(ROOT / "tests"))]
     if argv[0] == "-m":

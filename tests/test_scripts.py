@@ -86,7 +86,7 @@ def test_a_rerun_is_bitwise_equal_and_sets_the_earlier_run_aside(pipeline):
     cwd, _ = pipeline
     for name in ("sft", "ppo"):
         before, earlier = digests(cwd / f"runs/{name}/final"), metrics(cwd / f"runs/{name}")
-        script(name, *TINY[name], cwd=cwd)
+        script(name, *TINY[name], cwd=cwd, run=processes.run_anew)
         assert digests(cwd / f"runs/{name}/final") == before
         assert digests(cwd / f"runs/{name}.1/final") == before
         assert metrics(cwd / f"runs/{name}") == earlier

@@ -1,13 +1,12 @@
 """The three scripts with adapters on one base, as a user runs them."""
 
 import json
-import time
 
 import pytest
 import torch
 from processes import run
 from safetensors.torch import load_file
-from test_scripts import TINY, digests, metrics, script, start
+from test_scripts import TINY, digests, killed, metrics, script
 
 from minirlhf import review_world
 from minirlhf.lora import load_adapter, use_adapter
@@ -105,12 +104,7 @@ def test_the_folder_is_the_model_that_was_trained(pipeline):
 @pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
 def test_a_killed_run_resumes_bit_for_bit(pipeline, name, tmp_path):
     argv_ = argv(name, "--run.save_every", "1", "--run.dir", tmp_path / "cut")
-    process = start(name, *argv_, cwd=pipeline)
-    while process.poll() is None and not (tmp_path / "cut/checkpoints/step_00000002").exists():
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "cut/final").exists()
+    killed(name, *argv_, cwd=pipeline)
     script(name, *argv_, "--run.resume", "true", cwd=pipeline)
     assert digests(tmp_path / "cut/final") == digests(pipeline / f"runs/{name}/final")
     assert metrics(tmp_path / "cut") == metrics(pipeline / f"runs/{name}")

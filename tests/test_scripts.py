@@ -33,6 +33,17 @@ def script(name, *argv, cwd, code=0, run=processes.run):
     return out
 
 
+def killed(name, *argv, cwd):
+    """The script, forked as `script` is, until its second checkpoint; the last argument is its folder."""
+    command = [str(x) for x in (ROOT / f"train_{name}.py", *argv)]
+    process = processes.forked(processes.interpreter, command, str(cwd), [os.devnull] * 3)
+    while process.is_alive() and not (argv[-1] / "checkpoints/step_00000002").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert not (argv[-1] / "final").exists()
+
+
 def metrics(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
@@ -103,13 +114,7 @@ def test_a_killed_run_resumes_bit_for_bit(pipeline, name, tmp_path):
     cwd, _ = pipeline
     argv = [*TINY[name], "--run.save_every", "1", "--run.log_every", "1", "--run.dir"]
     script(name, *argv, tmp_path / "whole", cwd=cwd)
-    command = [str(x) for x in (ROOT / f"train_{name}.py", *argv, tmp_path / "cut")]
-    process = processes.forked(processes.interpreter, command, str(cwd), [os.devnull] * 3)
-    while process.is_alive() and not (tmp_path / "cut/checkpoints/step_00000002").exists():
-        time.sleep(0.005)
-    process.kill()
-    process.join()
-    assert not (tmp_path / "cut/final").exists()
+    killed(name, *argv, tmp_path / "cut", cwd=cwd)
     script(name, *argv, tmp_path / "cut", "--run.resume", "true", cwd=cwd)
     assert digests(tmp_path / "cut/final") == digests(tmp_path / "whole/final")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")

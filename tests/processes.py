@@ -70,8 +70,7 @@ def interpreter(argv, cwd, files):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.chdir(cwd)
-    for module, name, n in SMALLER:
-        setattr(import_module(module), name, n)
+    make_small()
     sys.modules["matplotlib"] = None  # not installed: a report without figures takes a quarter less of a small run
     sys.path[:] = [str(ROOT), *(p for p in sys.path if not Path(p).is_relative_to(ROOT / "tests"))]
     if argv[0] == "-m":
@@ -80,3 +79,16 @@ def interpreter(argv, cwd, files):
     else:
         sys.argv = argv
         runpy.run_path(argv[0], run_name="__main__")
+
+
+def make_small():
+    """In this process."""
+    for module, name, n in SMALLER:
+        setattr(import_module(module), name, n)
+
+
+if __name__ == "__main__":  # python processes.py SCRIPT ...: in a new interpreter what `run` forks
+    make_small()
+    sys.path[0] = str(ROOT)
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

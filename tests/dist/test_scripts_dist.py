@@ -42,7 +42,7 @@ def torchrun(name, world, *argv, cwd, code=0):
 
 def start(name, world, *argv, cwd):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    command = [*run, str(ROOT / f"train_{name}.py"), *map(str, argv)]
+    command = [*run, str(ROOT / "tests/processes.py"), str(ROOT / f"train_{name}.py"), *map(str, argv)]
     return subprocess.Popen(command, cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

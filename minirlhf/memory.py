@@ -63,7 +63,8 @@ def activation_bytes(
     square = rows * tokens * tokens
     if c.position == "alibi":
         return found | {"ALiBi bias": square * c.n_head * FP32}
-    return found | ({"mask": square * size} if masked or c.sliding_window is not None else {})
+    windowed = c.sliding_window is not None and c.sliding_window < tokens
+    return found | ({"mask": square * size} if masked or windowed else {})
 
 
 def head_bytes(config: ModelConfig, positions: int, device: str = "cpu") -> int:

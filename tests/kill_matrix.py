@@ -51,7 +51,8 @@ FILES = ("samples.jsonl", "alarms.jsonl", "evaluation.json")
 def run(subject, *extra):
     """The subject in this process; its exit code. What comes later of the settings counts.
 
-    Without a report, which comes after final/ and whose figures take longer than all the rest, and with small exams.
+    Without a report, which comes after final/ and whose figures take longer than all the rest; with few records held
+    out, and small exams.
     """
     module, config, name, argv = SUBJECTS[subject]
     given = [*SMALL, *argv, *extra]

@@ -82,7 +82,7 @@ def interpreter(argv, cwd, files):
 
 
 def make_small():
-    """In this process."""
+    """SMALLER, in this process; before a script is imported, which copies some of it."""
     for module, name, n in SMALLER:
         setattr(import_module(module), name, n)
 

@@ -70,12 +70,12 @@ def test_largest_activation(name):
     assert largest == take_a_step(model)[0]
 
 
-@pytest.mark.parametrize("sliding_window", [None, 16])
-def test_texts_alone_in_their_rows_need_a_mask_for_a_window_alone(sliding_window):
+@pytest.mark.parametrize(("sliding_window", "name"), [(None, "hidden state"), (40, "hidden state"), (39, "mask")])
+def test_texts_alone_in_their_rows_need_a_mask_for_a_window_alone(sliding_window, name):
     model = lm("llama", d_inner=8, n_kv_head=1, head_dim=2, sliding_window=sliding_window)
     told = memory.Sizes({"model": model}, 5, 40, targets=20)
     where, largest = memory.largest_activation(model.config, told, 4, "cpu")
-    assert where == ("mask" if sliding_window else "hidden state") + ", update"
+    assert where == f"{name}, update"
     assert largest == take_a_step(model, packed=False)[0]
 
 

@@ -106,7 +106,7 @@ def test_value_after_the_last_token_is_the_reward_models_score(family):
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_log_probs_and_kl_under_autocast(on_gpu, monkeypatch):
-    """Against the log-softmax in fp64 of W h, for a GPU with W and h in bf16; so are the sampler's."""
+    """Against the log-softmax in fp64 of W h, for a GPU with W and h in bf16; the sampler's are near."""
     monkeypatch.setattr(products, "LOGITS_BY_FP32", ("meta" if on_gpu else "cpu",))
     roles, _ = roles_of("gpt2")
     wide(roles.ref_policy, seed=7)

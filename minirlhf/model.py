@@ -17,16 +17,17 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES, SWITCHES
-from minirlhf.products import Ready, as_factor, as_logit_factor, linear, no_autocast, product
+from minirlhf.products import Ready, as_factor, as_logit_factor, gelu_tanh, linear, no_autocast, product
 
 DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
 SIZES: tuple[str, ...] = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
 SIZES += ("n_kv_head", "head_dim", "d_inner", "sliding_window")  # these may be None
+ACTIVATIONS: dict[str, Ready] = {"gelu_tanh": gelu_tanh, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 DROPOUTS = ("dropout", "embed_dropout", "attn_dropout")
 CHOICES = {
     "norm": ("layer", "rms"),
     "position": ("learned", "alibi", "rotary"),
-    "activation": ("gelu_tanh", "gelu", "relu", "silu"),
+    "activation": tuple(ACTIVATIONS),
     "qkv": ("split", "blocks", "heads"),
 }
 
@@ -356,7 +357,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = config.activation
+        self.act = ACTIVATIONS[config.activation]
         self.up = Linear(config.d_model, config.d_inner, bias=config.mlp_bias)
         self.gate = Linear(config.d_model, config.d_inner, bias=config.mlp_bias) if config.gated else None
         self.down = Linear(config.d_inner, config.d_model, bias=config.mlp_bias)
@@ -371,14 +372,6 @@ class MLP(nn.Module):
         else:
             gate, up = self.ready(x).chunk(2, -1)
         return self.down(self.act(gate) * up)
-
-    def act(self, x: Tensor) -> Tensor:  # same shape
-        """The family's nonlinearity."""
-        if self.activation == "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        if self.activation == "gelu":
-            return F.gelu(x)
-        return F.relu(x) if self.activation == "relu" else F.silu(x)
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from minirlhf.model import MLP, Attention, Block, CausalLM, Embedding, Head, Linear, Norm, Trunk
-from minirlhf.products import ACTIVATIONS, Ready, as_factor, as_logit_factor, packed
+from minirlhf.products import Ready, after, as_factor, as_logit_factor, packed
 
 KINDS = (CausalLM, Trunk, Block, Attention, MLP, Linear, Head, Norm, Embedding)
 PLAIN: dict[type, Callable[..., Any]] = {kind: kind.forward for kind in KINDS}  # whose calls can do without nn.Module
@@ -39,8 +39,8 @@ def stand_in(module: Any, rows: int, classes: dict[type, type]) -> Any:  # rows:
         return [stand_in(child, rows, classes) for child in module]
     if not plain(module):
         return module
-    layers, activation = _layers(module) if rows else ([], "")
-    ready = _one_call(layers, rows, activation) if layers else _norm(module) if rows and type(module) is Norm else None
+    layers, act = _layers(module) if rows else ([], None)
+    ready = _one_call(layers, rows, act) if layers else _norm(module) if rows and type(module) is Norm else None
     if ready is not None and type(module) in (Linear, Head, Norm):
         return ready
     within = () if ready is None else layers
@@ -71,37 +71,36 @@ def plain(module: Any, *known: Callable[..., Any]) -> bool:
     return not (hooks or _has_any_global_hook() or module._compiled_call_impl or replaced)
 
 
-def _layers(module: nn.Module) -> tuple[list[Linear], str]:
-    """Layers that can be one product, side by side, and the activation of it.
+def _layers(module: nn.Module) -> tuple[list[Linear], Ready | None]:
+    """Layers that can be one product, side by side, and its activation where that comes next.
 
     Where a hook or another kind of layer comes between, there is nothing to put together.
     """
     inner: list[nn.Module] = []
-    activation = ""
+    act: Ready | None = None
     if isinstance(module, Linear):
-        return [module], ""
+        return [module], None
     if isinstance(module, Attention) and module.layout == "split":
         inner = [module.q, module.k, module.v]
     elif isinstance(module, MLP) and module.gate is not None:
         inner = [module.gate, module.up]
     elif isinstance(module, MLP):
-        inner, activation = [module.up], module.activation
+        inner, act = [module.up], module.act
     layers = [x for x in inner if type(x) is Linear and plain(x)]
-    return (layers, activation) if len(layers) == len(inner) else ([], "")
+    return (layers, act) if len(layers) == len(inner) else ([], None)
 
 
-def _one_call(layers: list[Linear], rows: int, activation: str) -> Ready | None:
-    """The product of layers side by side."""
+def _one_call(layers: list[Linear], rows: int, act: Ready | None) -> Ready | None:
+    """The product of layers side by side, or its activation."""
     first = layers[0]
     if isinstance(first, Head):
         return _logits(first, rows)
     weights = [as_factor(x.weight) for x in layers]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     bias = None if first.bias is None else as_factor(torch.cat([x.bias for x in layers]))
-    ready = packed(weight, bias, weight.dtype, rows, activation)
+    ready = packed(weight, bias, weight.dtype, rows, act)
     if ready is None and weight.dtype != first.weight.dtype:  # rounded once, not at every step
-        act = ACTIVATIONS[activation][0]
-        return lambda x: act(F.linear(x, weight, bias))
+        return after(lambda x: F.linear(x, weight, bias), act)
     return ready
 
 

@@ -9,7 +9,6 @@ small products, other dtypes and other devices are torch's own anyway.
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,19 @@ Ready = Callable[[Tensor], Tensor]  # x (..., n) → (..., m), a layer prepared 
 SMALLEST = 2**20  # multiplications; below, the call costs more than it saves
 LOGITS_BY_FP32 = ("cpu",)  # devices on which a bf16 run multiplies them in fp32; an H100 is 15 times slower at that
 PACKED = (torch.float32, torch.bfloat16)
-ACTIVATIONS: dict[str, tuple[Ready, tuple[str, list[float], str]]] = {  # torch's function, oneDNN's words
-    "": (lambda y: y, ("none", [], "")),
-    "relu": (F.relu, ("relu", [], "")),
-    "silu": (F.silu, ("swish", [], "")),
-    "gelu": (F.gelu, ("gelu", [], "none")),
-    "gelu_tanh": (partial(F.gelu, approximate="tanh"), ("gelu", [], "tanh")),
+
+
+def gelu_tanh(x: Tensor) -> Tensor:  # same shape
+    """GELU with a tanh in the place of the error function (Hendrycks, Gimpel 2016, arXiv 1606.08415, section 2)."""
+    return F.gelu(x, approximate="tanh")
+
+
+BARE: tuple[str, list[float], str] = ("none", [], "")
+FUSED: dict[Ready, tuple[str, list[float], str]] = {  # oneDNN's words for what it can do within a product
+    F.relu: ("relu", [], ""),
+    F.silu: ("swish", [], ""),
+    F.gelu: ("gelu", [], "none"),
+    gelu_tanh: ("gelu", [], "tanh"),
 }
 
 
@@ -91,9 +97,9 @@ def packed(
     bias: Tensor | None,  # (m,)
     dtype: torch.dtype,
     rows: int,
-    activation: str = "",  # of ACTIVATIONS
+    act: Ready | None = None,
 ) -> Ready | None:
-    """The activation of x Wᵀ + b, in this dtype, with a copy of the weight in the library's own layout: for many
+    """x Wᵀ + b, or `act` of it, in this dtype, with a copy of the weight in the library's own layout: for many
     products with about so many rows and without gradients.
 
     Otherwise each product brings the weight into that layout anew. None: does not pay here.
@@ -101,19 +107,17 @@ def packed(
     if weight.device.type != "cpu" or dtype not in PACKED or rows * weight.numel() < SMALLEST or not _enabled():
         return None
     weight, bias = weight.detach().to(dtype).contiguous(), None if bias is None else bias.detach().to(dtype)
-    if BY_MKL and dtype == torch.float32:
-        return _packed_by_mkl(weight, bias, rows, activation)
-    w = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    call, how = torch.ops.mkldnn._linear_pointwise.default, ACTIVATIONS[activation][1]
-    return lambda x: call(x if x.dtype == dtype else x.to(dtype), w, bias, *how)
+    if BY_MKL and dtype == torch.float32:  # for exactly so many rows; with others MKL takes the weight as it is
+        by_mkl, w = torch.ops.mkl._mkl_linear.default, torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        return after(lambda x: by_mkl(x if x.dtype == dtype else x.to(dtype), w, weight, bias, rows), act)
+    call, w = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    how = BARE if act is None else FUSED.get(act, BARE)
+    return after(lambda x: call(x if x.dtype == dtype else x.to(dtype), w, bias, *how), None if act in FUSED else act)
 
 
-def _packed_by_mkl(weight: Tensor, bias: Tensor | None, rows: int, activation: str) -> Ready:  # as in `packed`
-    """For exactly so many rows; with others MKL takes the weight as it is."""
-    w = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-    call, act = torch.ops.mkl._mkl_linear.default, ACTIVATIONS[activation][0]
-
-    return lambda x: act(call(x if x.dtype == torch.float32 else x.to(torch.float32), w, weight, bias, rows))
+def after(layer: Ready, act: Ready | None) -> Ready:
+    """The activation of a layer's result."""
+    return layer if act is None else lambda x: act(layer(x))
 
 
 def _enabled() -> bool:
@@ -134,7 +138,7 @@ def _pays(x: Tensor, weight: Tensor, *, alike: bool = False) -> bool:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # as in `linear`
     """What torch.compile makes of F.linear."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *ACTIVATIONS[""][1])
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *BARE)
 
 
 class _Linear(torch.autograd.Function):

@@ -105,7 +105,7 @@ def test_a_function_of_the_class_may_change_between_two_answers(monkeypatch):
     before = run(model, PROMPTS, rng=streams(5)).tokens
     for kind, name, change in (
         (Attention, "attend", lambda self, q, k, v, mask: q),
-        (MLP, "act", lambda self, x: x),
+        (MLP, "forward", lambda self, x: x),
         (Norm, "forward", lambda self, x: 2 * x),
         (Linear, "forward", lambda self, x: x @ self.weight.T + 1),
     ):
@@ -171,6 +171,21 @@ def test_under_autocast_weights_are_rounded_once(monkeypatch, smallest, on_gpu):
             inner.attn.qkv(x), inner.mlp(x)
     assert seen.numel <= x.numel() * 4  # (3, 1, 4C) activations, no (C, 4C) weight
     assert len(packs) == (1 + 2 * 3 if smallest == 1 and torch.backends.mkldnn.is_available() else 0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("by", ["function", "module"])
+def test_another_activation_is_sampled_from(monkeypatch, family, by):
+    """Whoever puts one of his own into the model, as a function or as a module, has it in packed layers too."""
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    model = make(family, torch.float32)
+    mlp, x = model.trunk.blocks[0].mlp, torch.randn(3, 1, model.config.d_model)
+    before = prepared(model, 3, 16).trunk.blocks[0].mlp(x)
+    mlp.act = torch.sin if by == "function" else nn.Mish()
+    made = prepared(model, 3, 16).trunk.blocks[0].mlp
+    assert (made.ready is not None) == products._enabled()
+    assert_close(made(x), mlp(x), fp32)
+    assert not torch.allclose(mlp(x), before, rtol=0.1)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])

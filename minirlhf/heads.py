@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from minirlhf.model import Cache, CausalLM, Head, ModelConfig, Trunk, initialize, normal, trunk_names
+from minirlhf.architecture import ModelConfig
+from minirlhf.model import Cache, CausalLM, Head, Trunk, initialize, normal, trunk_names
 
 
 class ScalarModel(nn.Module):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
 
+from minirlhf.architecture import DROPOUTS, ModelConfig
 from minirlhf.errors import CheckpointError, UsageError
 from minirlhf.families import ACTIVATIONS, FAMILIES, Family
-from minirlhf.model import DROPOUTS, ModelConfig
 from minirlhf.safefile import shown
 
 MAX_SIZE = 1 << 26  # of any one dimension

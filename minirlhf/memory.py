@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from minirlhf import review_world, stage
 from minirlhf.adapt import reward_model, sft_model
+from minirlhf.architecture import ModelConfig
 from minirlhf.data import encode_lists, encode_pairs, encode_sft
-from minirlhf.model import ModelConfig
 from minirlhf.ops import _tiles
 from minirlhf.pretrained import load_causal_lm
 

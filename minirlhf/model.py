@@ -1,173 +1,18 @@
 """The causal language model: one transformer, whose switches make it a GPT-2, BLOOM, OPT, LLaMA, Qwen or GPT-NeoX.
 
-Not here: names in Hugging Face files (`pretrained.py`), sampling (`generate.py`), adapters, sharding. Positions count
-the real tokens of a row, so padding on the left, or holes in it, change nothing. What goes wrong: a query that may see
-no key turns into NaN, and NaN spreads through gradients; therefore every query sees at least itself.
+Not here: the switches (`architecture.py`), positions and masks (`positions.py`), names in Hugging Face files
+(`pretrained.py`), sampling (`generate.py`), adapters, sharding.
 """
-
-import math
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf.errors import UsageError
-from minirlhf.families import FAMILIES, SWITCHES
-from minirlhf.products import Ready, as_factor, as_logit_factor, gelu_tanh, linear, no_autocast, product
-
-DERIVED: Any = None  # default of a field that `__post_init__` fills in, from the family or from the sizes
-SIZES: tuple[str, ...] = ("vocab_size", "n_layer", "n_head", "d_model", "max_seq_len")
-SIZES += ("n_kv_head", "head_dim", "d_inner", "sliding_window")  # these may be None
-ACTIVATIONS: dict[str, Ready] = {"gelu_tanh": gelu_tanh, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
-DROPOUTS = ("dropout", "embed_dropout", "attn_dropout")
-CHOICES = {
-    "norm": ("layer", "rms"),
-    "position": ("learned", "alibi", "rotary"),
-    "activation": tuple(ACTIVATIONS),
-    "qkv": ("split", "blocks", "heads"),
-}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes, and the switches of the architecture; a switch left out (None) is what the family says."""
-
-    family: str = "gpt2"
-    vocab_size: int = 256  # rows of the embedding
-    n_layer: int = 2
-    n_head: int = 4
-    d_model: int = 64  # C
-    max_seq_len: int = 64  # rows of the position table; only informative without one
-    n_kv_head: int = DERIVED  # key/value heads; None: n_head
-    head_dim: int = DERIVED  # D; None: C / n_head
-    d_inner: int = DERIVED  # None: 4C, or 8C/3 rounded up to a multiple of 8 with a gate
-    norm: str = DERIVED  # "layer" | "rms"
-    norm_eps: float = DERIVED
-    position: str = DERIVED  # "learned" | "alibi" | "rotary"
-    position_offset: int = DERIVED  # rows of the position table before position 0
-    rope_theta: float = 10000.0
-    rope_fraction: float = DERIVED  # share of the head's dimensions that rotate
-    rope_factor: float = 1.0  # "linear" scaling: positions / factor
-    rope_llama3: tuple[float, float, int] | None = None  # low, high, original length; beside rope_factor
-    activation: str = DERIVED  # "gelu_tanh" | "gelu" | "relu" | "silu"
-    gated: bool = DERIVED  # act(gate x) · up x instead of act(up x)
-    parallel_residual: bool = DERIVED  # x + attn(n1 x) + mlp(n2 x)
-    qkv_bias: bool = DERIVED
-    out_bias: bool = DERIVED
-    mlp_bias: bool = DERIVED
-    qk_norm: bool = DERIVED  # RMS norm of each head's query and key, before the rotation
-    embed_norm: bool = DERIVED  # norm right after the embedding
-    sliding_window: int | None = None  # tokens a query sees, itself included; None: all before it
-    sliding_layers: tuple[int, ...] | None = None  # layers with that window; None: all
-    tied: bool = DERIVED  # the head is the embedding
-    qkv: str = DERIVED  # "split": three matrices; one matrix with rows "blocks" [q | k | v] or "heads" (H, 3, D)
-    dropout: float = 0.0  # on both branches
-    embed_dropout: float = DERIVED  # after the embedding; None: dropout
-    attn_dropout: float = DERIVED  # on attention weights; None: dropout
-    bos_token_id: int | None = None  # the three only travel from one folder to the next
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise UsageError(f"model.family {self.family!r} is unknown; choose one of {', '.join(FAMILIES)}")
-        for name, value in (SWITCHES | FAMILIES[self.family].switches).items():
-            self._default(name, value)
-        if self.head_dim is None and self.n_head > 0 and self.d_model % self.n_head:
-            raise UsageError(f"model.d_model {self.d_model} is not a multiple of model.n_head {self.n_head}")
-        self._default("embed_dropout", self.dropout)
-        self._default("attn_dropout", self.dropout)
-        self._default("n_kv_head", self.n_head)
-        self._default("head_dim", self.d_model // max(self.n_head, 1))
-        self._default("d_inner", -(-8 * self.d_model // 24) * 8 if self.gated else 4 * self.d_model)
-        self._check()
-
-    def _default(self, name: str, value: object) -> None:
-        if getattr(self, name) is None:
-            object.__setattr__(self, name, value)
-
-    def _check(self) -> None:
-        for name in SIZES:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"model.{name} must be at least 1, not {getattr(self, name)}")
-        for name in DROPOUTS:
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"model.{name} must be in [0, 1), not {getattr(self, name)}")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"model.{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
-        if self.n_head % self.n_kv_head:
-            raise UsageError(f"model.n_head {self.n_head} is not a multiple of model.n_kv_head {self.n_kv_head}")
-        if self.qkv != "split" and self.n_kv_head != self.n_head:
-            raise UsageError(f"model.n_kv_head {self.n_kv_head} needs model.qkv 'split', not {self.qkv!r}")
-        if self.position == "rotary" and self.rope_dim % 2 and self.rope_dim + 1 > self.head_dim:
-            raise UsageError(f"model: rotary positions need an even number of dimensions, not {self.rope_dim}")
-
-    @property
-    def rope_dim(self) -> int:
-        """d, the dimensions of a head that rotate; with an odd d one more turns with the last frequency."""
-        return int(self.head_dim * self.rope_fraction)
-
-    def window(self, layer: int) -> int | None:
-        """The sliding window of one layer, None for full attention."""
-        return self.sliding_window if self.sliding_layers is None or layer in self.sliding_layers else None
-
-
-def alibi_slopes(n_head: int) -> list[float]:
-    """Slopes of Press et al. 2021 (arXiv 2108.12409, section 3) as BLOOM uses them, for any number of heads.
-
-    n = largest power of two ≤ H: b, b², … bⁿ with b = 2^(-8/n); then the odd powers of 2^(-8/2n) for the other heads.
-    """
-    n = 2 ** int(math.log2(n_head))
-    return [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (n_head - n), 2)]
-
-
-@cache
-@torch.inference_mode(False)  # what is kept serves training too
-def alibi_column(n_head: int, dtype: torch.dtype, device: torch.device) -> Tensor:  # (H, 1, 1)
-    """The slopes, to be multiplied with positions."""
-    return torch.tensor(alibi_slopes(n_head), dtype=dtype, device=device)[:, None, None]
-
-
-def rope_frequencies(config: ModelConfig, like: Tensor) -> Tensor:  # (⌈rope_dim / 2⌉,)
-    """θ^(-2i/d) (Su et al. 2021, arXiv 2104.09864, eq. 15), scaled as LLaMA 3.1 does where the config says so.
-
-    Linear: f / factor. llama3, with wavelength λ = 2π/f and n the original length: f where λ < n/high, f / factor where
-    λ > n/low, and between them the mix (1-s)·f/factor + s·f with s = (n/λ - low) / (high - low).
-    """
-    d = config.rope_dim
-    f = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=like.device).to(like.dtype) / d)
-    if config.rope_llama3 is None:
-        return f / config.rope_factor
-    low, high, n = config.rope_llama3
-    s = ((n * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return (1 - s) * f / config.rope_factor + s * f
-
-
-@cache
-@torch.inference_mode(False)
-def rope_row(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:  # (d,)
-    """(-f, f), to be multiplied with positions: the cosines of both halves are the same, the sines differ in sign."""
-    f = rope_frequencies(config, torch.empty(0, dtype=dtype, device=device))
-    return torch.cat([-f, f])
-
-
-def rotate(
-    x: Tensor,  # (B, H, T, D)
-    cos_sin: tuple[Tensor, Tensor],  # each (B, 1, T, d), at least fp32, of the d/2 angles: (cos, cos) and (-sin, sin)
-) -> Tensor:  # (B, H, T, D)
-    """Rotates the first d dimensions, dimension i paired with i + d/2 (the half convention of LLaMA and GPT-NeoX)."""
-    cos, sin = cos_sin
-    d = cos.shape[-1]
-    if d < x.shape[-1]:
-        return torch.cat([rotate(x[..., :d], cos_sin), x[..., d:]], -1)
-    wide = x if x.dtype == cos.dtype else x.to(cos.dtype)
-    y = torch.addcmul(wide * cos, wide.roll(d // 2, -1), sin)
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+from minirlhf.architecture import ACTIVATIONS, ModelConfig
+from minirlhf.families import FAMILIES
+from minirlhf.positions import make_view, rotate
+from minirlhf.products import Ready, as_factor, as_logit_factor, linear, no_autocast, product
 
 
 class Cache:
@@ -402,14 +247,6 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
-class View(NamedTuple):
-    """What all layers share in one forward pass."""
-
-    positions: Tensor  # (B or 1, T) of the new tokens, 0 and up
-    masks: list[Tensor | None]  # of every layer, see Attention
-    rope: tuple[Tensor, Tensor] | None
-
-
 class Trunk(nn.Module):
     """Everything below the head: embedding, blocks, final norm."""
 
@@ -440,7 +277,7 @@ class Trunk(nn.Module):
             attention_mask = attention_mask.to(torch.bool)
         x = self.embed(input_ids)  # (B, T, C)
         assert texts is None or (cache is None and texts.shape == input_ids.shape), "texts in a row and a cache"
-        view = self.view(attention_mask, T, past, x, texts)
+        view = make_view(self.config, attention_mask, T, past, x, texts)
         if self.pos_embed is not None:
             x = x + self.pos_embed(view.positions + self.config.position_offset)
         if self.embed_norm is not None:
@@ -456,64 +293,6 @@ class Trunk(nn.Module):
         if cache is not None:
             cache.length += T
         return self.final_norm(x)
-
-    def view(self, mask: Tensor | None, T: int, past: int, x: Tensor, texts: Tensor | None) -> View:
-        """Positions, masks and rotations for the last T of past + T tokens, made once for all layers."""
-        S, config = past + T, self.config
-        if mask is None:
-            keys = torch.arange(S, device=x.device)[None]  # (1, S) position of every token
-        else:
-            keys = (mask.cumsum(1) - 1).clamp(min=0)  # (B, S)
-        if texts is not None:  # every text begins at 0
-            new = texts != F.pad(texts[:, :-1], (1, 0), value=-1)  # (B, S)
-            keys = keys - torch.where(new, keys, 0).cummax(1).values
-        positions = keys[:, past:]  # (B or 1, T)
-        if config.position == "learned" and config.max_seq_len < S and int(keys.max()) >= config.max_seq_len:
-            raise UsageError(f"{int(keys.max()) + 1} tokens in a row, but model.max_seq_len is {config.max_seq_len}")
-        wide = torch.promote_types(x.dtype, torch.float32)
-        bias = None
-        if config.position == "alibi":
-            bias = alibi_column(config.n_head, wide, x.device) * keys[:, None, None].to(wide)  # (B, H, 1, S)
-        rope = None
-        if config.position == "rotary":
-            angle = positions[:, None, :, None] * rope_row(config, wide, x.device)  # (B, 1, T, d)
-            rope = angle.cos(), angle.sin()
-        windows = [config.window(i) for i in range(config.n_layer)]
-        if mask is not None and T == S and bool((mask[:, 1:] <= mask[:, :-1]).all()):
-            mask = None  # padding on the right alone is after all that is real: causal attention does not see it
-        masks = {w: visible(mask, keys, T, w, bias, texts) for w in set(windows)}
-        return View(positions, [masks[w] for w in windows], rope)
-
-
-def visible(
-    mask: Tensor | None,  # (B, S) bool, True = real token
-    keys: Tensor,  # (B or 1, S) positions
-    T: int,  # the last T tokens ask
-    window: int | None,
-    bias: Tensor | None,  # (B or 1, H, 1, S) ALiBi
-    texts: Tensor | None = None,  # (B, S), then T = S
-) -> Tensor | None:  # (B or 1, 1, T, S) bool, or (B, H, T, S) with a bias; None: plain causal, no mask needed
-    """Key j is visible to query i when j ≤ i, j is real, of the same text, and pos_i - window < pos_j; and every query
-    sees itself."""
-    S = keys.shape[1]
-    if window is not None and window >= S:
-        window = None
-    if mask is None and window is None and texts is None and (T == 1 or (T == S and bias is None)):
-        return bias
-    if T == 1:
-        seen = keys.new_ones((1, S), dtype=torch.bool) if mask is None else F.pad(mask[:, :-1], (0, 1), value=True)
-        seen = seen[:, None, None]  # (B, 1, 1, S)
-    else:
-        query = torch.arange(S - T, S, device=keys.device)[:, None]  # (T, 1)
-        key = torch.arange(S, device=keys.device)[None]  # (1, S)
-        seen = (key <= query)[None, None]  # (1, 1, T, S)
-        if mask is not None:
-            seen = (seen & mask[:, None, None]) | (key == query)
-        if texts is not None:
-            seen = seen & (texts[:, None, :, None] == texts[:, None, None])
-    if window is not None:
-        seen = seen & (keys[:, None, None] > keys[:, None, S - T :, None] - window)
-    return seen if bias is None else torch.where(seen, bias, -torch.inf)
 
 
 def logit_factors(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:  # (..., C) → (..., C), (V, C)

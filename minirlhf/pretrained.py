@@ -19,11 +19,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minirlhf.architecture import ModelConfig
 from minirlhf.errors import CheckpointError, UsageError
 from minirlhf.families import FAMILIES
 from minirlhf.heads import RewardModel, ScalarModel, ValueModel
 from minirlhf.hf_config import SPECIAL, parse_config, render_config
-from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.model import CausalLM
 from minirlhf.safefile import FLOATS, TensorFile, read_json, shown, write_tensors
 
 Model = TypeVar("Model", CausalLM, RewardModel, ValueModel)

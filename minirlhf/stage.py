@@ -27,6 +27,7 @@ from minirlhf.adapt import (
     value_model,
     write_model,
 )
+from minirlhf.architecture import ModelConfig
 from minirlhf.data import decode, encode_prompts, left_padded
 from minirlhf.errors import CheckpointError, DataError, UsageError
 from minirlhf.evaluate import Gold, score_texts
@@ -34,7 +35,7 @@ from minirlhf.feedback import judged
 from minirlhf.formats import read_records
 from minirlhf.heads import ScalarModel
 from minirlhf.lora import adapter_view, adapters
-from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.model import CausalLM
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.probe import TextScore
 from minirlhf.readers import Ranking

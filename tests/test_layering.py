@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minirlhf"
 FLOORS = [
     "errors rng families safefile products",
-    "config dist masked tokenizer lora_config lora",
-    "rows readers formats templates review_world data log ops model",
+    "settings config dist masked tokenizer architecture lora_config lora",
+    "positions rows readers formats templates review_world data log ops model",
     "heads hf_config pretrained prepared steps generate fsdp engine optim",
     "reward advantage loss",
     "rollout ppo alarms checkpoint run",

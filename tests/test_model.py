@@ -8,11 +8,12 @@ from tolerance import assert_close, bf16, exact, fp32, fp64
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minirlhf import model as model_module
-from minirlhf import products
+from minirlhf import positions, products
+from minirlhf.architecture import ModelConfig
 from minirlhf.errors import UsageError
 from minirlhf.families import FAMILIES
-from minirlhf.model import Cache, CausalLM, Head, ModelConfig, alibi_slopes, rope_frequencies, rotate
+from minirlhf.model import Cache, CausalLM, Head
+from minirlhf.positions import alibi_slopes, rope_frequencies, rotate
 
 V = 19
 SIZES = {"vocab_size": V, "n_layer": 2, "max_seq_len": 12}
@@ -447,8 +448,8 @@ def test_under_autocast_a_gpu_rounds_the_factors_of_logits_and_nothing_else(on_g
 def test_padding_on_the_right_alone_needs_no_mask(name, monkeypatch):
     """What is real comes first and is that of the row alone; with padding elsewhere in one row there is a mask."""
     model, ids, masks = make(name), tokens(3, 6), []
-    build = model_module.visible
-    monkeypatch.setattr(model_module, "visible", lambda mask, *a: (masks.append(mask), build(mask, *a))[1])
+    build = positions.visible
+    monkeypatch.setattr(positions, "visible", lambda mask, *a: (masks.append(mask), build(mask, *a))[1])
     mask = torch.arange(6) < torch.tensor([[6], [4], [1]])
     hidden = model.hidden(ids, mask)
     assert masks

@@ -6,7 +6,8 @@ from tolerance import assert_close, exact, fp64
 from torch.nn import functional as F
 
 from minirlhf import products
-from minirlhf.model import ACTIVATIONS, CausalLM, ModelConfig
+from minirlhf.architecture import ACTIVATIONS, ModelConfig
+from minirlhf.model import CausalLM
 from minirlhf.products import linear, packed, product
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")

@@ -22,11 +22,12 @@ import tokenizers
 import torch
 
 from minirlhf import checkpoint, dist
-from minirlhf.config import help_text, load_config, to_dict
+from minirlhf.config import load_config
 from minirlhf.errors import AlarmError, NonFiniteError, UsageError, UserError
 from minirlhf.log import Progress, append_line, cut_after, exporter, memory, read_lines
 from minirlhf.rng import derive_seed
 from minirlhf.safefile import read_json, write_file
+from minirlhf.settings import help_text, to_dict
 
 MAY_DIFFER = ("dir", "engine", "keep", "save_every", "log_every", "resume", "debug")  # between a start and its resume
 LOGS = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl", "memory.jsonl")  # a line has a step

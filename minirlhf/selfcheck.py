@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf import stage
-from minirlhf.config import PPOConfig, help_text, load_config
+from minirlhf.config import PPOConfig, load_config
 from minirlhf.data import collate, encode_sft, left_padded
 from minirlhf.errors import NonFiniteError, UsageError, UserError
 from minirlhf.evaluate import sft_targets
@@ -28,6 +28,7 @@ from minirlhf.pretrained import load_causal_lm
 from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, Roles, Rollout, collect, policy_stats, target_stats
 from minirlhf.run import complain, prepare_torch
+from minirlhf.settings import help_text
 
 ANSWERS = 16
 NATS = 1e-3  # what fp32 may differ by, in the log-prob of a token, when batch, padding or cache differ

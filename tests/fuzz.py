@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load, save
 
 from minirlhf import checkpoint
-from minirlhf.config import PPOConfig, SFTConfig, load_config, to_dict
+from minirlhf.config import PPOConfig, SFTConfig, load_config
 from minirlhf.errors import DataError
 from minirlhf.formats import FORMATS, Prompt, Ranking, read_records
 from minirlhf.heads import RewardModel
@@ -35,6 +35,7 @@ from minirlhf.lora import LoRAConfig, adapters, add_adapter, load_adapter, save_
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.pretrained import load_causal_lm, load_reward_model, save_pretrained
 from minirlhf.rng import generator
+from minirlhf.settings import to_dict
 from minirlhf.templates import get_template
 from minirlhf.tokenizer import Tokenizer
 

@@ -5,8 +5,9 @@ import tomllib
 
 import pytest
 
-from minirlhf.config import PPOConfig, RMConfig, SFTConfig, help_text, load_config, to_dict
+from minirlhf.config import PPOConfig, RMConfig, SFTConfig, load_config
 from minirlhf.errors import UsageError
+from minirlhf.settings import help_text, to_dict
 
 CONFIGS = (SFTConfig, RMConfig, PPOConfig)
 

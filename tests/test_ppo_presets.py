@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from minirlhf import ppo
-from minirlhf.config import PRESETS, PPOConfig, SFTConfig, load_config, preset_line, preset_options, to_dict
+from minirlhf.config import PRESETS, PPOConfig, SFTConfig, load_config, preset_line, preset_options
 from minirlhf.errors import UsageError
 from minirlhf.optim import adamw
 from minirlhf.ppo import ppo_iteration, rollout_metrics, score_answers, score_moments
 from minirlhf.reward import AdaptiveKL, FixedKL
 from minirlhf.rollout import Rollout
+from minirlhf.settings import to_dict
 
 HERE = Path(__file__).parent
 FILES = {p.stem: json.loads(p.read_text()) for p in sorted((HERE / "golden/ppo").glob("*.json"))}

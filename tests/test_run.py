@@ -18,12 +18,13 @@ import torch
 from faults import disk_calls, failing, recorded
 
 from minirlhf import checkpoint
-from minirlhf.config import PPOConfig, RMConfig, SFTConfig, load_config, to_dict
+from minirlhf.config import PPOConfig, RMConfig, SFTConfig, load_config
 from minirlhf.engine import Engine
 from minirlhf.errors import UsageError
 from minirlhf.fit import fit
 from minirlhf.run import Run, run_script
 from minirlhf.safefile import write_tensors
+from minirlhf.settings import to_dict
 
 ROOT = Path(__file__).parent.parent
 ARGV = ["--run.steps", "4", "--run.save_every", "1", "--run.log_every", "1", "--optim.warmup_steps", "1"]

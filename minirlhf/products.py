@@ -125,12 +125,12 @@ def _enabled() -> bool:
 
 
 def _pays(x: Tensor, weight: Tensor, *, alike: bool = False) -> bool:
-    size = x.numel() * len(weight)
+    size = x.numel() * weight.shape[0]
     return (
-        x.dtype == weight.dtype == torch.float32
+        (size > 0 if alike else size >= SMALLEST and not BY_MKL)
+        and x.dtype == weight.dtype == torch.float32
         and x.shape[-1:] == weight.shape[1:]  # else torch says more clearly what does not fit
         and x.device.type == "cpu"
-        and (size > 0 if alike else size >= SMALLEST and not BY_MKL)
         and _enabled()
         and not torch.is_autocast_enabled("cpu")
     )

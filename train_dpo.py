@@ -22,14 +22,13 @@ from minirlhf.evaluate import answer_logprobs
 from minirlhf.fit import fit
 from minirlhf.loss import dpo_loss
 from minirlhf.memory import dry_run
-from minirlhf.pretrained import load_causal_lm
 from minirlhf.run import Run, run_script
 
 
 def main(config: DPOConfig, run: Run) -> None:
     """Data, model, the reference's log-probs, loop, final/."""
     c, size = config, config.dpo.microbatch_size
-    loaded = stage.load(c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py")
+    loaded = stage.load_policy(c)
     records, held_out = stage.ranked_records(c, run, loaded)
     model, tokenizer, template = sft_model(loaded.model, c), loaded.tokenizer, loaded.template
     max_length = c.data.max_length or model.config.max_seq_len
@@ -39,7 +38,7 @@ def main(config: DPOConfig, run: Run) -> None:
 
     def logprobs(rows: list[Pair]) -> Tensor:  # n pairs → (2, n), of the better and of the worse answers
         both = [pair.better for pair in rows] + [pair.worse for pair in rows]
-        return answer_logprobs(model, both, 2 * size, c.run.device).view(2, -1)
+        return answer_logprobs(model, both, 2 * size, c.run.device, impl=c.run.impl).view(2, -1)
 
     engine = Engine(c.run, [model])
     model.eval()

@@ -26,7 +26,7 @@ from minirlhf.engine import Engine, moment
 from minirlhf.evaluate import EXAM, Gold, examine, frontier_share, summary
 from minirlhf.forensics import Guard
 from minirlhf.memory import dry_run
-from minirlhf.optim import adamw, keep_mean, lr_factor, set_lr
+from minirlhf.optim import lr_factor, set_lr
 from minirlhf.ppo import epoch_plans, ppo_iteration, require_finite, rollout_metrics, score_answers, score_moments
 from minirlhf.probe import TextScore, write_probe
 from minirlhf.ptx import Corpus
@@ -50,13 +50,10 @@ def main(config: PPOConfig, run: Run) -> None:
     texts, prompts = stage.ppo_prompts(c, run, loaded)
     gold, sampling, limits = stage.gold_reward(c), stage.sampling(c, loaded), Limits(p.kl_target, stage.score_limit(c))
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
-                   device=c.run.device)  # fmt: skip
+                   device=c.run.device, impl=c.run.impl)  # fmt: skip
     corpus, measure = Corpus(c, run, loaded, engine), measured(c, loaded, exam, prompts)
 
-    trained = {"policy": roles.policy} | ({"value_model": roles.value_model} if roles.value_model else {})
-    named = (pair for role, model in trained.items() for pair in model.named_parameters(role))
-    optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
-    keep_mean(optimizer, roles.policy, p.ema)
+    trained, optimizer = stage.ppo_optimizer(roles, c)
     start, tensors, state = run.restore() or (0, {}, {"kl_coef": p.kl_coef})
     if tensors:
         engine.load(trained, optimizer, tensors)

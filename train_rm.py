@@ -25,7 +25,6 @@ from minirlhf.fit import fit
 from minirlhf.loss import centering_penalty, direct_score_loss, ranking_loss
 from minirlhf.masked import keep
 from minirlhf.memory import dry_run
-from minirlhf.pretrained import load_causal_lm
 from minirlhf.probe import hard_negatives, write_probe
 from minirlhf.run import Run, run_script
 
@@ -33,10 +32,7 @@ from minirlhf.run import Run, run_script
 def main(config: RMConfig, run: Run) -> None:
     """Data, model, loop, probe, final/."""
     c, size = config, config.rm.microbatch_size
-    policy, tokenizer, template, _ = stage.load(
-        c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py"
-    )
-    loaded = stage.Loaded(policy, tokenizer, template, {})
+    policy, tokenizer, template, _ = loaded = stage.load_policy(c)
     records, held_out = stage.ranked_records(c, run, loaded, loss=c.rm.loss)
     own = stage.own_answers(c, loaded, records) if c.rm.normalize else None
     model = reward_model(policy, c)

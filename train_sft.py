@@ -17,19 +17,18 @@ from torch import Tensor
 from minirlhf import stage
 from minirlhf.adapt import sft_model, uses_lora
 from minirlhf.config import SFTConfig
-from minirlhf.data import collate, encode_sft, microbatches, pack, step_rows
+from minirlhf.data import encode_sft, microbatches, pack, step_rows
 from minirlhf.engine import Engine
 from minirlhf.errors import UsageError
-from minirlhf.evaluate import sft_loss, sft_targets
+from minirlhf.evaluate import sft_loss
 from minirlhf.fit import fit
 from minirlhf.loss import imitation_loss
 from minirlhf.masked import masked_sum
 from minirlhf.memory import dry_run
 from minirlhf.optim import some_layers
-from minirlhf.pretrained import load_causal_lm
 from minirlhf.ptx import perplexity
 from minirlhf.rng import generator
-from minirlhf.rollout import IGNORE, target_stats
+from minirlhf.rollout import label_logprobs
 from minirlhf.run import Run, run_script
 
 
@@ -38,7 +37,7 @@ def main(config: SFTConfig, run: Run) -> None:
     c = config
     records, held_out = stage.sft_records(c, run)
     if c.model.path:
-        loaded = stage.load(c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py")
+        loaded = stage.load_policy(c)
     else:
         loaded = stage.make(c, [r.prompt + r.response for r in records])
     if c.sft.lisa_layers and uses_lora(loaded.model, c):
@@ -58,20 +57,17 @@ def main(config: SFTConfig, run: Run) -> None:
         n = sum(sum(text.trained[1:]) for text in texts)  # labels of this optimizer step
         texts = pack(texts, max_length) if c.sft.pack else texts
         for part in microbatches(range(len(texts)), c.sft.microbatch_size, lambda i: len(texts[i].ids)):
-            batch = collate([texts[i] for i in part], 0, c.run.device)
-            targets = sft_targets(batch.input_ids, batch.trained)  # (b, T - 1)
+            own = [texts[i] for i in part]
             with engine.precision():
-                stats = target_stats(
-                    model, batch.input_ids, batch.attention_mask, targets, texts=batch.texts, impl=c.run.impl
-                )
-            w = torch.tensor([texts[i].weight for i in part], device=targets.device)[:, None]  # (b, 1)
-            loss = imitation_loss(stats["logprobs"], w.expand_as(targets))  # (b, T - 1)
-            yield masked_sum(loss, targets != IGNORE) / n, int(batch.attention_mask.sum())
+                logprobs, labels = label_logprobs(model, own, c.run.device, impl=c.run.impl)  # (b, T - 1)
+            w = torch.tensor([text.weight for text in own], device=labels.device)[:, None]  # (b, 1)
+            loss = imitation_loss(logprobs, w.expand_as(logprobs))  # (b, T - 1)
+            yield masked_sum(loss, labels) / n, sum(len(text.ids) for text in own)
 
     def validate() -> dict[str, float]:
         if not validation:
             return {}
-        loss = sft_loss(model, validation, c.sft.microbatch_size, c.run.device)
+        loss = sft_loss(model, validation, c.sft.microbatch_size, c.run.device, impl=c.run.impl)
         base = {} if c.data.path else {"base/perplexity": perplexity(loss)}  # the texts that PPO shall not forget
         return {"val/loss": loss, **base}
 

@@ -19,14 +19,14 @@ from paired import ceilings, compare
 from tokenizers import Tokenizer, models
 from torch import nn
 
-from minirlhf.data import Example, collate
-from minirlhf.evaluate import score_sequences, sft_targets
+from minirlhf.data import Example
+from minirlhf.evaluate import score_sequences
 from minirlhf.heads import RewardModel
 from minirlhf.loss import ranking_loss
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.optim import adamw
 from minirlhf.pretrained import save_pretrained
-from minirlhf.rollout import target_stats
+from minirlhf.rollout import label_logprobs
 
 SHAPES = {"small": (4, 4, 256, 4096), "gpt2-small": (12, 12, 768, 50257)}
 BATCH, LONGEST, STEPS = 16, 64, 4
@@ -71,10 +71,9 @@ def our_sft(model, data):
 
     def run():
         for i in range(0, len(data), BATCH):
-            batch = collate([Example(s, [False] * 8 + [True] * (len(s) - 8)) for s in data[i : i + BATCH]], 0)
-            targets = sft_targets(batch.input_ids, batch.trained)
-            stats = target_stats(model, batch.input_ids, batch.attention_mask, targets)
-            (-stats["logprobs"].sum() / (targets >= 0).sum()).backward()
+            texts = [Example(s, [False] * 8 + [True] * (len(s) - 8)) for s in data[i : i + BATCH]]
+            logprobs, labels = label_logprobs(model, texts)
+            (-logprobs.sum() / labels.sum()).backward()
             step(model, optimizer)
 
     return run

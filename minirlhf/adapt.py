@@ -8,7 +8,6 @@ own over the same tensors. What goes wrong: another base under the same name giv
 
 import copy
 import hashlib
-import json
 import os
 import re
 import sys
@@ -39,6 +38,7 @@ from minirlhf.lora_config import ALL, FILE, LoRAConfig, read_adapter
 from minirlhf.model import Attention, Block, CausalLM
 from minirlhf.pretrained import holds_score, load_causal_lm, load_reward_model, load_value_model, save_pretrained
 from minirlhf.rng import generator
+from minirlhf.safefile import read_json
 
 META, VALUE = "minirlhf.json", "value_model"  # the file beside the weights, the critic's folder beside the policy
 LOADED, TRAINED = "loaded", "trained"  # the adapter of a folder, and the one that a stage trains
@@ -145,14 +145,12 @@ def write_model(folder: Path, model: CausalLM | ScalarModel, tokenizer: Any = No
 def read_meta(folder: Path) -> dict[str, Any]:
     """What a stage wrote beside the weights; empty where there is nothing."""
     path = folder / META
-    if not path.is_file():
-        return {}
-    try:
-        meta = json.loads(path.read_text())
-        assert isinstance(meta, dict)
-        return meta
-    except (OSError, ValueError, RecursionError, AssertionError) as e:
-        raise CheckpointError(f"{path}: unreadable ({e}); delete it to use the folder without it") from e
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def loading_device(run: Any) -> str:
+    """Where a model is read to: a sharded one never lies on the run's device whole."""
+    return str(run.device) if run.engine == "none" else "cpu"
 
 
 def fingerprint(model: CausalLM | ScalarModel) -> str:
@@ -305,7 +303,7 @@ def _kept(policy: CausalLM, kind: str, config: Any) -> ValueModel:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; only train_ppo.py leaves one, choose another ppo.value_init")
     beside = policy if TRAINED in adapters(policy) else None
-    found = open_model(folder, load_value_model, config.run.device, beside=beside)
+    found = open_model(folder, load_value_model, loading_device(config.run), beside=beside)
     if kind == "separate":
         return _separate(found, zero_head=False)
     if kind == "lora":

@@ -17,12 +17,11 @@ from minirlhf import review_world, stage
 from minirlhf.chat import answer_length, before, open_folder
 from minirlhf.config import SampleSection
 from minirlhf.data import decode, left_padded
-from minirlhf.errors import DataError, NonFiniteError, UsageError, UserError
+from minirlhf.errors import DataError, UsageError, tool
 from minirlhf.formats import read_records
 from minirlhf.generate import generate
 from minirlhf.pretrained import load_causal_lm
 from minirlhf.rng import generator
-from minirlhf.run import complain
 
 ROUNDS = 8  # of K answers each, before a prompt that has not K different ones goes with those it has
 AT_ONCE = 128  # answers of one forward
@@ -133,14 +132,12 @@ def run(args: argparse.Namespace) -> str:
     return ", ".join(f"{n} {what}" for what, n in counts.items() if n)
 
 
+@tool()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     args = parse(argv)
-    try:
-        print(run(args), file=sys.stderr)  # noqa: T201
-        return 0
-    except (UserError, NonFiniteError) as e:
-        return complain(e, e.exit_code, None)
+    print(run(args), file=sys.stderr)  # noqa: T201
+    return 0
 
 
 if __name__ == "__main__":

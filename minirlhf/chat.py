@@ -8,7 +8,6 @@ conversation. The oldest turns are forgotten when a conversation grows too long 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +19,14 @@ from typing import Any
 import torch
 
 from minirlhf import stage
-from minirlhf.errors import CheckpointError, DataError, NonFiniteError, UsageError, UserError
+from minirlhf.errors import CheckpointError, DataError, UsageError, tool
 from minirlhf.evaluate import score_sequences
 from minirlhf.generate import Sampling, draw, filtered, row_uniforms
 from minirlhf.model import Cache, CausalLM
 from minirlhf.page import spelled
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.rng import generator
-from minirlhf.run import complain
+from minirlhf.run import require_device
 
 MAX_NEW_TOKENS = 256  # unless half of the model's positions are fewer
 Turn = tuple[str, str]  # role, text
@@ -129,6 +128,7 @@ def stream(model: CausalLM, ids: Sequence[int], sampling: Sampling, rng: torch.G
 
 def open_folder(path: str, loader: Callable[..., Any], *, template: str = "", device: str = "cpu") -> stage.Loaded:
     """A model folder with its tokenizer and template, outside a training script."""
+    require_device(device, "--device")
     if not Path(path).is_dir():
         raise CheckpointError(f"{path}: no such folder; give a model's folder, such as runs/ppo/final")
     config = SimpleNamespace(data=SimpleNamespace(template=template), run=SimpleNamespace(device=device, engine="none"))
@@ -244,23 +244,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@tool()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     args = parse(argv)
-    try:
-        judge = None
-        if args.score:
-            loaded = open_folder(args.score, load_reward_model, template=args.template, device=args.device)
-            judge = partial(opinion, loaded, device=args.device)
-        converse([speaker(path, args) for path in args.folders], judge, args.seed)
-        return 0
-    except (UserError, NonFiniteError) as e:
-        return complain(e, e.exit_code, None)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # who read the answers has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    judge = None
+    if args.score:
+        loaded = open_folder(args.score, load_reward_model, template=args.template, device=args.device)
+        judge = partial(opinion, loaded, device=args.device)
+    converse([speaker(path, args) for path in args.folders], judge, args.seed)
+    return 0
 
 
 if __name__ == "__main__":

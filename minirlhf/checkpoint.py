@@ -98,7 +98,7 @@ def load_newest(root: Path) -> tuple[int, Tensors, dict[str, Any]] | None:
         folder = root / f"step_{step:08d}"
         try:
             verify(folder, step)
-            groups = {p.stem: _read_tensors(p) for p in sorted(folder.glob("*.safetensors"))}
+            groups = {p.stem: read_tensors(p) for p in sorted(folder.glob("*.safetensors"))}
             return step, groups, read_json(folder / "state.json")
         except (CheckpointError, OSError) as e:
             damaged.append(str(e))
@@ -159,7 +159,8 @@ def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode()
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, or CheckpointError."""
     try:
         with safe_open(path, framework="pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  (safe_open is no dict)

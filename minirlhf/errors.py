@@ -1,5 +1,11 @@
 """The errors a user can cause, each with the exit code of the scripts. One line: what, where, what to do."""
 
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 
 class UserError(ValueError):
     """Base of all mistakes that end a script with one line instead of a traceback."""
@@ -33,3 +39,28 @@ class NonFiniteError(FloatingPointError):
     """NaN or infinity where a number must be; the text names tensor, step and rank."""
 
     exit_code = 5
+
+
+def tool(os_error: int = 4) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """For the `main` of a tool: a mistake is one line on stderr and its exit code, never a traceback."""
+
+    def around(main: Callable[..., int]) -> Callable[..., int]:
+        @wraps(main)
+        def guarded(*argv: Any) -> int:
+            try:
+                return main(*argv)
+            except (UserError, NonFiniteError) as e:
+                code, words = e.exit_code, str(e)
+            except BrokenPipeError:  # who read the answers has left
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0
+            except OSError as e:
+                code, words = os_error, f"{e.filename}: {e.strerror}" if e.filename else str(e)
+            except KeyboardInterrupt:
+                return 130
+            print("error: " + " ".join(words.split()), file=sys.stderr)  # noqa: T201
+            return code
+
+        return guarded
+
+    return around

@@ -11,50 +11,45 @@ import torch
 from torch import Tensor
 
 from minirlhf import dist, review_world
-from minirlhf.data import Example, RankedList, by_length, collate, left_padded, pad
+from minirlhf.data import Example, RankedList, by_length, left_padded, pad
 from minirlhf.heads import RewardModel
 from minirlhf.model import CausalLM, logit_factors
 from minirlhf.ops import head_stats
 from minirlhf.rng import generator
-from minirlhf.rollout import IGNORE, Roles, Rollout, collect, response_positions, target_stats
+from minirlhf.rollout import IGNORE, Roles, Rollout, collect, label_logprobs, response_positions
 from minirlhf.templates import Template
 from minirlhf.tokenizer import Tokenizer
 
 Gold = Callable[[Sequence[str], Sequence[str], Sequence[bool]], list[float]]  # prompts, responses, EOS seen → gold
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+AT_ONCE = 256  # answers of one forward
 EXAM = 1024  # answers by which a policy is judged before and after its training
 
 
 # ---- language model -------------------------------------------------------------------------------------------------
 
 
-def sft_targets(input_ids: Tensor, trained: Tensor) -> Tensor:  # (B, T), (B, T) → (B, T - 1)
-    """The labels of positions 0 … T - 2."""
-    return torch.where(trained, input_ids, IGNORE)[:, 1:]
-
-
 @torch.no_grad()
-def sft_loss(model: CausalLM, examples: Sequence[Example], size: int, device: str = "cpu") -> float:
+def sft_loss(
+    model: CausalLM, examples: Sequence[Example], size: int, device: str = "cpu", *, impl: str = "auto"
+) -> float:
     """Nats per trained token. Each rank runs its examples."""
     total, count = 0.0, 0
     ordered = dist.mine(sorted(examples, key=lambda e: len(e.ids)))
     for i in range(0, len(ordered), size):
-        batch = collate(ordered[i : i + size], 0, device)
-        targets = sft_targets(batch.input_ids, batch.trained)
-        total -= float(target_stats(model, batch.input_ids, batch.attention_mask, targets)["logprobs"].double().sum())
-        count += int((targets != IGNORE).sum())
+        logprobs, labels = label_logprobs(model, ordered[i : i + size], device, impl=impl)
+        total -= float(logprobs.double().sum())
+        count += int(labels.sum())
     total, count = dist.all_sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / count
 
 
-def answer_logprobs(model: CausalLM, examples: Sequence[Example], size: int, device: str = "cpu") -> Tensor:  # (N,)
+def answer_logprobs(
+    model: CausalLM, examples: Sequence[Example], size: int, device: str = "cpu", *, impl: str = "auto"
+) -> Tensor:  # (N,)
     """Σ log π of each example's trained tokens, in their order; `size` examples of similar length share a forward."""
     groups = by_length(range(len(examples)), size, lambda i: len(examples[i].ids))
-    sums = []
-    for rows in groups:
-        batch = collate([examples[i] for i in rows], 0, device)
-        targets = sft_targets(batch.input_ids, batch.trained)
-        sums.append(target_stats(model, batch.input_ids, batch.attention_mask, targets)["logprobs"].sum(1))
+    sums = [label_logprobs(model, [examples[i] for i in rows], device, impl=impl)[0].sum(1) for rows in groups]
     place = torch.tensor([i for rows in groups for i in rows], device=device).argsort()
     return torch.cat(sums)[place]
 
@@ -157,18 +152,18 @@ def examine(
     gold: Gold | None,
     *,
     seed: int,
-    size: int = 256,  # answers of one forward
     device: str = "cpu",
+    impl: str = "auto",
 ) -> list[dict[str, Any]]:
     """One answer of the policy to each prompt: texts, score, KL to the reference in nats, length, gold if known."""
     records = []
-    for first in range(0, len(prompts), size):
-        part = prompts[first : first + size]
+    for first in range(0, len(prompts), AT_ONCE):
+        part = prompts[first : first + AT_ONCE]
         ids, mask = left_padded(part, sampling["pad_token_id"], device)
         rngs = [generator(seed, "examine", 0, first + i) for i in range(len(part))]
         rows = [r for r in torch.arange(len(part)).tensor_split(dist.world_size()) if len(r)]
-        rollout = collect(roles, ids, mask, partition=lambda _: rows, rng=rngs, **sampling)  # noqa: B023
-        kl = exact_kl(roles, rollout, sampling["temperature"]).tolist()
+        rollout = collect(roles, ids, mask, partition=lambda _: rows, rng=rngs, impl=impl, **sampling)  # noqa: B023
+        kl = exact_kl(roles, rollout, sampling["temperature"], impl).tolist()
         texts = rollout.texts(tokenizer)
         golds = gold(*texts, rollout.has_eos.tolist()) if gold else [None] * len(part)
         for i, (prompt, response) in enumerate(zip(*texts, strict=True)):
@@ -194,22 +189,22 @@ def frontier_share(before: float, after: float, kl: float) -> float:
 
 
 @torch.no_grad()
-def exact_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:  # (B,)
+def exact_kl(roles: Roles, rollout: Rollout, temperature: float, impl: str = "auto") -> Tensor:  # (B,)
     """Nats per answer: Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) over the whole vocabulary, along the answer drawn."""
     own = dist.mine(torch.arange(len(rollout)))
     with roles.gathered(roles.policy, roles.ref_policy):
-        found = _exact_kl(roles, rollout.rows(own), temperature) if len(own) else torch.zeros(0)
+        found = _exact_kl(roles, rollout.rows(own), temperature, impl) if len(own) else torch.zeros(0)
     return dist.all_rows(found, len(rollout))
 
 
-def _exact_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:  # (B,)
+def _exact_kl(roles: Roles, rollout: Rollout, temperature: float, impl: str) -> Tensor:  # (B,)
     both = rollout.input_ids, rollout.attention_mask
     R = rollout.responses.shape[1]
     states = (response_positions(model.hidden(*both), R).flatten(0, 1) for model in roles[:2])  # (B·R, C) each
     own, ref = (logit_factors(model.head, x) for model, x in zip(roles[:2], states, strict=True))
     targets = torch.where(rollout.response_mask, rollout.responses, IGNORE)  # (B, R)
     kl = head_stats(
-        *own, targets.flatten(), temperature=temperature, want=("kl",), ref_hidden=ref[0], ref_weight=ref[1]
+        *own, targets.flatten(), temperature=temperature, impl=impl, want=("kl",), ref_hidden=ref[0], ref_weight=ref[1]
     ).kl
     assert kl is not None
     return kl.view_as(targets).sum(1)

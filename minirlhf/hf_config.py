@@ -14,6 +14,7 @@ from minirlhf.families import ACTIVATIONS, FAMILIES, Family
 from minirlhf.safefile import shown
 
 MAX_SIZE = 1 << 26  # of any one dimension
+LAYER_TYPES = ("full_attention", "sliding_attention")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 NULLABLE = ("n_kv_head", "head_dim", "d_inner", "sliding_window", "attn_dropout")  # null: the derived value, or none
 
@@ -170,7 +171,7 @@ def _windows(raw: dict[str, Any], n_layer: int, refuse: Refuse) -> dict[str, Any
     if kinds is None:
         layers = tuple(range(max(first, 0), n_layer)) if window is not None else ()
     else:
-        if not isinstance(kinds, list) or len(kinds) != n_layer or {*kinds} - {"full_attention", "sliding_attention"}:
+        if not isinstance(kinds, list) or len(kinds) != n_layer or not all(map(LAYER_TYPES.__contains__, kinds)):
             refuse(f"layer_types must name full_attention or sliding_attention for each of the {n_layer} layers")
         layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     if not layers:

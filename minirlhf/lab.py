@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from minirlhf import lab_page
-from minirlhf.errors import UsageError, UserError
+from minirlhf.errors import UsageError, tool
 from minirlhf.page import page, section
 from minirlhf.run import write_json
 from minirlhf.safefile import write_file
@@ -236,6 +236,7 @@ def jobs_of(name: str) -> list[str]:
     return [*lab_page.SCENARIOS[name].jobs, *extra.get(name, [])]
 
 
+@tool()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line."""
     scenarios = lab_page.SCENARIOS
@@ -245,19 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     args = parser.parse_args(argv)
     names, out = args.names or list(scenarios), Path(args.out)
-    try:
-        unknown = [name for name in names if name not in scenarios]
-        if unknown:
-            raise UsageError(f"{unknown[0]} is no scenario; choose of {', '.join(scenarios)}")
-        seeds = range(args.seeds)
-        run_jobs(closure(job for name in names for job in jobs_of(name)), seeds, out, os.cpu_count() or 1)
-        for claim in write_page(names, seeds, out):
-            print(f"{'yes' if claim.held else 'NO '}  {claim.words}: {claim.measured}")  # noqa: T201
-        print(f"page: {out / 'lab.html'}")  # noqa: T201
-        return 0
-    except (UserError, OSError) as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)  # noqa: T201
-        return getattr(e, "exit_code", 4)
+    unknown = [name for name in names if name not in scenarios]
+    if unknown:
+        raise UsageError(f"{unknown[0]} is no scenario; choose of {', '.join(scenarios)}")
+    seeds = range(args.seeds)
+    run_jobs(closure(job for name in names for job in jobs_of(name)), seeds, out, os.cpu_count() or 1)
+    for claim in write_page(names, seeds, out):
+        print(f"{'yes' if claim.held else 'NO '}  {claim.words}: {claim.measured}")  # noqa: T201
+    print(f"page: {out / 'lab.html'}")  # noqa: T201
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,23 +18,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from minirlhf import stage
+from minirlhf.checkpoint import read_tensors
 from minirlhf.config import PPOConfig, load_config
 from minirlhf.engine import Engine
-from minirlhf.errors import CheckpointError, NonFiniteError, UsageError, UserError
+from minirlhf.errors import CheckpointError, NonFiniteError, UsageError, tool
 from minirlhf.log import read_lines
 from minirlhf.loss import value_loss
 from minirlhf.ops import kl_estimate
-from minirlhf.optim import adamw, keep_mean, lr_factor
+from minirlhf.optim import lr_factor, set_lr
 from minirlhf.page import spelled
 from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers, score_moments, surrogate
 from minirlhf.ptx import Corpus
 from minirlhf.reward import shape_rewards
 from minirlhf.rollout import Rollout, load_rollout
-from minirlhf.run import complain, prepare_torch
+from minirlhf.run import prepare_torch
 
 COLUMNS = ("logprob", "ref", "kl", "reward", "value", "delta", "advantage", "return", "ratio", "clipped")
 SUMS = (  # metric of metrics.jsonl, its column, sign, what the sum is divided by
@@ -109,13 +109,11 @@ def replay(config: Any, path: Path, changed: Sequence[str]) -> Replay:
     step = state["step"]
     roles, loaded, _ = stage.ppo_roles(c)
     engine = Engine(c.run, [roles.policy, roles.value_model])
-    trained = {"policy": roles.policy} | ({"value_model": roles.value_model} if roles.value_model else {})
+    trained, optimizer = stage.ppo_optimizer(roles, c)
     if missing := trained.keys() - tensors.keys():
         raise UsageError(f"ppo.advantage {p.advantage}: {path} was drawn without a {' and '.join(missing)}")
-    named = [(f"{role}.{name}", x) for role, model in trained.items() for name, x in model.named_parameters()]
     lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
-    optimizer = adamw(named, lr=lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
-    keep_mean(optimizer, roles.policy, p.ema)
+    set_lr(optimizer, lr)
     engine.load(trained, optimizer, tensors)
 
     if "ppo.score_norm" in changed:
@@ -232,7 +230,7 @@ def differences(run: Path, step: int, r: Replay, logged: dict[str, Any]) -> tupl
     after, following = None, run / f"rollouts/step_{step + 1:08d}.safetensors"
     folder = run / f"checkpoints/step_{step:08d}"
     if folder.is_dir():
-        after, source = {group: load_file(folder / f"{group}.safetensors") for group in r.weights}, folder
+        after, source = {group: read_tensors(folder / f"{group}.safetensors") for group in r.weights}, folder
     elif following.is_file():
         after, source = load_rollout(following)[2], following
     if after is not None:
@@ -284,6 +282,7 @@ def show(args: argparse.Namespace, settings: list[str]) -> int:
     return NonFiniteError.exit_code if wrong else 0
 
 
+@tool()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     more = "further --section.key value: settings of train_ppo.py, with --replay"
@@ -293,12 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--episode", type=int, default=0, help="row of the rollout (default 0)")
     parser.add_argument("--replay", action="store_true", help="compare the update, done again, with the run's own")
     args, settings = parser.parse_known_args(argv)
-    try:
-        return show(args, settings)
-    except (UserError, NonFiniteError) as e:
-        return complain(e, e.exit_code, None)
-    except OSError as e:
-        return complain(e, 4, None)
+    return show(args, settings)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,9 @@ from minirlhf import review_world, stage
 from minirlhf.adapt import reward_model, sft_model
 from minirlhf.architecture import ModelConfig
 from minirlhf.data import encode_lists, encode_pairs, encode_sft
-from minirlhf.ops import _tiles
-from minirlhf.pretrained import load_causal_lm
+from minirlhf.ops import tiles
 
 FP32 = 4  # bytes of master weights, gradients, moments, key/value cache, statistics
-JUDGED = 512  # prompts that the built-in task's pairs are drawn from at once, two answers each
 
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
@@ -69,7 +67,7 @@ def activation_bytes(
 
 def head_bytes(config: ModelConfig, positions: int, device: str = "cpu") -> int:
     """The logits that `head_stats` holds at once: of n positions against v tokens."""
-    rows, cols = next(_tiles(positions, config.vocab_size, config.d_model, device))
+    rows, cols = next(tiles(positions, config.vocab_size, config.d_model, device))
     return (rows.stop - rows.start) * (cols.stop - cols.start) * FP32
 
 
@@ -98,7 +96,7 @@ def sft_sizes(config: Any, run: Any) -> Sizes:
     c = config
     records, _ = stage.sft_records(c, run)
     if c.model.path:
-        loaded = stage.load(c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py")
+        loaded = stage.load_policy(c)
     else:
         loaded = stage.make(c, [r.prompt + r.response for r in records])
     model = sft_model(loaded.model, c)
@@ -111,7 +109,7 @@ def sft_sizes(config: Any, run: Any) -> Sizes:
 def rm_sizes(config: Any, run: Any) -> Sizes:
     """The model that the reward model starts from stays beside it."""
     c = config
-    loaded = stage.load(c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py")
+    loaded = stage.load_policy(c)
     models = {"reward model": reward_model(loaded.model, c), "model.path": loaded.model}
     if not c.data.path:
         return _judged(c, loaded, models, c.rm.microbatch_size)
@@ -146,7 +144,7 @@ TRAINED = ("model", "policy", "value model", "reward model")  # the roles; PPO's
 def dpo_sizes(config: Any, run: Any) -> Sizes:
     """One model, which is also its own reference before the first step."""
     c = config
-    loaded = stage.load(c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py")
+    loaded = stage.load_policy(c)
     model = sft_model(loaded.model, c)
     if not c.data.path:
         return _judged(c, loaded, {"model": model}, 2 * c.dpo.microbatch_size)
@@ -158,11 +156,9 @@ def dpo_sizes(config: Any, run: Any) -> Sizes:
 
 def _judged(config: Any, loaded: stage.Loaded, models: dict[str, Any], rows: int) -> Sizes:
     """In the built-in task the answers are yet to be drawn, from all of its prompts at once."""
-    prompts = [
-        loaded.template.prompt_ids(loaded.tokenizer, text) for text in review_world.prompts(config.data.language)
-    ]
+    _, prompts, _ = stage.with_room(config, loaded, review_world.prompts(config.data.language))
     longest, new = max(map(len, prompts)), config.sample.max_new_tokens
-    return Sizes(models, rows, longest + new, 0, 2 * JUDGED, (len(prompts), longest))
+    return Sizes(models, rows, longest + new, 0, 2 * stage.JUDGED, (len(prompts), longest))
 
 
 STAGES = {"sft": sft_sizes, "rm": rm_sizes, "ppo": ppo_sizes, "dpo": dpo_sizes}
@@ -175,7 +171,7 @@ def dry_run(config: Any, name: str) -> str:
     """The table of one script."""
     quiet = SimpleNamespace(dropped=[], say=lambda _: None)
     device = config.run.device.split(":")[0]
-    sizes = STAGES[name](replace(config, run=replace(config.run, device="meta")), quiet)
+    sizes = STAGES[name](replace(config, run=replace(config.run, device="meta", engine="none")), quiet)
     table = role_bytes(sizes.models)
     architecture = next(iter(sizes.models.values())).config
     size = 2 if config.run.dtype == "bf16" else FP32

@@ -92,7 +92,7 @@ def head_stats(  # noqa: PLR0913  (the output layer with everything that belongs
         raise ValueError(f"head_stats: want {tuple(want)} must name some of {', '.join(HeadStats._fields)}")
     if "kl" in want and ref_hidden is None:
         raise ValueError("head_stats: kl needs ref_hidden")
-    body = _choose(impl, hidden)
+    body = choose(impl, hidden)
     kept = (targets != ignore_index).nonzero()[:, 0]  # (n,) often less than half of the rows
     if "kl" in want and ref_hidden is not None:
         ref_weight = (weight if ref_weight is None else ref_weight).detach()  # (V, C')
@@ -109,13 +109,13 @@ def head_stats(  # noqa: PLR0913  (the output layer with everything that belongs
         return HeadStats(*(x if x is None else x.new_zeros(N).index_copy(0, kept, x) for x in stats))
 
 
-def _choose(impl: str, hidden: Tensor) -> Any:
+def choose(impl: str, hidden: Tensor) -> Any:
     """The body of `head_stats`. Both take its arguments, less `impl` and without ignored rows, and give 4 results."""
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"head_stats: impl {impl!r} is none of auto, torch, triton")
     installed = importlib.util.find_spec("triton") is not None
     if impl == "torch" or (impl == "auto" and not (hidden.is_cuda and installed and hidden.dtype != torch.float64)):
-        return _head_stats_torch
+        return head_stats_torch
     if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("impl='triton' needs tensors on a CUDA device, or TRITON_INTERPRET=1; else use impl='torch'")
     if not installed:
@@ -129,7 +129,7 @@ def _choose(impl: str, hidden: Tensor) -> Any:
 # ---- the torch tier -------------------------------------------------------------------------------------------------
 
 
-def _head_stats_torch(  # noqa: PLR0913  (as `head_stats`)
+def head_stats_torch(  # noqa: PLR0913  (as `head_stats`)
     hidden: Tensor,  # (N, C)
     weight: Tensor,  # (V, C)
     targets: Tensor,  # (N,)
@@ -196,7 +196,7 @@ class _Head(torch.autograd.Function):
         dh = torch.zeros_like(hidden, dtype=dtype) if need_hidden else None
         dw = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         db = torch.zeros_like(bias, dtype=dtype) if need_bias else None
-        for rows, cols in _tiles(len(hidden), len(weight), hidden.shape[1], hidden.device.type):
+        for rows, cols in tiles(len(hidden), len(weight), hidden.shape[1], hidden.device.type):
             du = _logit_gradient(rows, cols, inputs, norms, given, ctx.plan)  # (n, v)
             if dh is not None:
                 dh[rows] += product(du, weight[cols].to(hidden.dtype))
@@ -237,7 +237,7 @@ class _Sums:
         self.ref_m, self.ref_s, self.a = self.m.clone(), torch.zeros_like(self.m), torch.zeros_like(self.m)
         self.sums = {name: torch.zeros_like(self.m) for name in names}
         self.vectors = {name: torch.zeros_like(hidden, dtype=dtype) for name in names if slopes}
-        for rows, cols in _tiles(len(hidden), len(weight), hidden.shape[1], hidden.device.type):
+        for rows, cols in tiles(len(hidden), len(weight), hidden.shape[1], hidden.device.type):
             self._add(rows, cols)
 
     def _add(self, rows: slice, cols: slice) -> None:
@@ -313,7 +313,7 @@ def _take_out(z: Tensor, m: Tensor) -> Tensor:  # (n, v), (n,) → (n,)
     return fall
 
 
-def _tiles(N: int, V: int, C: int, device: str) -> Iterator[tuple[slice, slice]]:  # rows, columns
+def tiles(N: int, V: int, C: int, device: str) -> Iterator[tuple[slice, slice]]:  # rows, columns
     """A tile's logits and its part of the weight, each within the budget; a quarter of the columns at most or, where
     all of them fit, of the rows, so that no tile is the whole. Else rows stay together, since every tile reads its part
     of the weight. Depends on shapes alone."""

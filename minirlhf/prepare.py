@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import random
 import sys
 from collections import Counter, defaultdict
@@ -22,10 +21,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from minirlhf.errors import DataError, UsageError, UserError
+from minirlhf.errors import DataError, UsageError, tool
 from minirlhf.formats import read_records
 from minirlhf.rows import Bad, Source, json_rows
-from minirlhf.run import complain
 
 Row = dict[str, Any]
 K_FACTOR, SCALE, START = 32.0, 400.0, 1000.0  # of Elo 1978, section 1.6 and 8.4
@@ -193,21 +191,14 @@ def run(args: argparse.Namespace) -> tuple[list[Row], str]:
     return found, f"{len(found)} {'conflicts' if args.command == 'conflicts' else 'answers'} in {len(played)} pairs"
 
 
+@tool(os_error=UsageError.exit_code)
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     args = parse(argv)
-    try:
-        rows, words = run(args)
-    except UserError as e:
-        return complain(e, e.exit_code, None)
-    except OSError as e:
-        return complain(f"{e.filename}: {e.strerror or e}", UsageError.exit_code, None)
-    try:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False))  # noqa: T201
-        sys.stdout.flush()
-    except BrokenPipeError:  # who read the rows has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    rows, words = run(args)
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))  # noqa: T201
+    sys.stdout.flush()
     print(words, file=sys.stderr)  # noqa: T201
     return 0
 

@@ -37,19 +37,12 @@ BUFFERS = re.compile(r"(.+\.)?((attn|attention)\.(bias|masked_bias)|rotary_emb\.
 SCORE, VALUE_CLASS = "score.weight", "MiniRLHFValueModel"
 
 
-class Stored(NamedTuple):
-    """A tensor of the folder."""
-
-    file: TensorFile
-    name: str
-
-
 class Source(NamedTuple):
-    """What one of our tensors is read from."""
+    """A tensor of the folder, or from some row on."""
 
     file: TensorFile
     name: str
-    first: int  # first row
+    first: int = 0
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -126,12 +119,12 @@ def _load(kind: type[Model], folder: Path, dtype: torch.dtype, device: torch.dev
     return model.eval()
 
 
-def _stored(folder: Path, config: ModelConfig) -> dict[str, Stored]:
+def _stored(folder: Path, config: ModelConfig) -> dict[str, Source]:
     """Every tensor of a folder, under its name without the prefix of the trunk; known constants left out."""
     family = FAMILIES[config.family]
     parts = family.prefix.split(".")[:-1]
     prefixes = [".".join(parts[i:]) + "." for i in range(len(parts))]
-    found: dict[str, Stored] = {}
+    found: dict[str, Source] = {}
     for file in _files(folder):
         for name in file.entries:
             short = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
@@ -139,7 +132,7 @@ def _stored(folder: Path, config: ModelConfig) -> dict[str, Stored]:
             if short in found:
                 raise CheckpointError(f"{file.path}: {shown(name)} and {shown(found[short].name)} are the same tensor")
             if not BUFFERS.fullmatch(short):
-                found[short] = Stored(file, name)
+                found[short] = Source(file, name)
     return found
 
 
@@ -170,7 +163,7 @@ def _files(folder: Path) -> list[TensorFile]:
     return files
 
 
-def _check_kind(kind: type, raw: dict[str, Any], stored: dict[str, Stored], where: Path) -> None:
+def _check_kind(kind: type, raw: dict[str, Any], stored: dict[str, Source], where: Path) -> None:
     """The folder has the head that is asked for."""
     if kind is CausalLM:
         if SCORE in stored:
@@ -202,7 +195,7 @@ def _theirs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _sources(
-    wanted: dict[str, Tensor], stored: dict[str, Stored], config: ModelConfig, where: Path, *, packed: bool
+    wanted: dict[str, Tensor], stored: dict[str, Source], config: ModelConfig, where: Path, *, packed: bool
 ) -> dict[str, Source]:
     """Where each tensor comes from, after checking that names, shapes and dtypes are those config.json promises."""
     family = FAMILIES[config.family]
@@ -217,7 +210,7 @@ def _sources(
         raise CheckpointError(f"{where}: {shown(surplus[0])}{_more(surplus)} is not in the model of config.json")
     found = {}
     for name, (short, first, rows) in places.items():
-        file, stored_name = stored[short]
+        file, stored_name, _ = stored[short]
         entry, shape = file.entries[stored_name], (rows, *wanted[name].shape[1:])
         if entry.shape != shape:
             raise CheckpointError(f"{file.path}: {shown(stored_name)} has shape {entry.shape}, by config.json {shape}")

@@ -22,11 +22,10 @@ from typing import Any
 import tokenizers
 import torch
 
-from minirlhf.errors import CheckpointError, UsageError, UserError
+from minirlhf.errors import CheckpointError, UsageError, tool
 from minirlhf.formats import read_records
 from minirlhf.model import CausalLM
 from minirlhf.pretrained import load_causal_lm, save_pretrained
-from minirlhf.run import complain
 from minirlhf.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -164,6 +163,7 @@ def prune(folder: str, out: str, corpus: Sequence[str], wanted_of: str | None) -
     return f"{out}: {len(kept):,} of {model.config.vocab_size:,} tokens, {after:,} of {before:,} parameters"
 
 
+@tool()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     parser = argparse.ArgumentParser(prog="python -m minirlhf.prune_vocab", allow_abbrev=False)
@@ -173,11 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     source.add_argument("--corpus", nargs="+", default=[], metavar="FILE", help="texts whose tokens are kept")
     source.add_argument("--tokenizer", metavar="FOLDER", help="a tokenizer whose tokens are kept")
     args = parser.parse_args(argv)
-    try:
-        print(prune(args.model, args.out, args.corpus, args.tokenizer))  # noqa: T201
-        return 0
-    except UserError as e:
-        return complain(e, e.exit_code, None)
+    print(prune(args.model, args.out, args.corpus, args.tokenizer))  # noqa: T201
+    return 0
 
 
 if __name__ == "__main__":

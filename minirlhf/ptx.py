@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from minirlhf import review_world, stage
-from minirlhf.data import Example, collate, encode_sft, microbatches, step_rows
+from minirlhf.data import Example, encode_sft, microbatches, step_rows
 from minirlhf.engine import Engine
-from minirlhf.evaluate import sft_loss, sft_targets
+from minirlhf.evaluate import sft_loss
 from minirlhf.ppo import Texts, no_texts
-from minirlhf.rollout import IGNORE, target_stats
+from minirlhf.rollout import label_logprobs
 
 HELD_OUT = 512  # texts, at most, that base perplexity is of; of a file its last tenth
 
@@ -43,11 +43,10 @@ class Corpus:
             rows = step_rows(len(self.train), o.minibatch_size, first + k, seed=run.seed)
             n = sum(sum(self.train[r].trained[1:]) for r in rows)  # labels of this optimizer step
             for part in microbatches(rows, o.microbatch_size, lambda r: len(self.train[r].ids)):
-                batch = collate([self.train[r] for r in part], 0, run.device)
-                targets = sft_targets(batch.input_ids, batch.trained)  # (b, T - 1)
+                own = [self.train[r] for r in part]
                 with self.engine.precision():
-                    stats = target_stats(self.policy, batch.input_ids, batch.attention_mask, targets, impl=run.impl)
-                yield -stats["logprobs"], targets != IGNORE, n
+                    logprobs, labels = label_logprobs(self.policy, own, run.device, impl=run.impl)  # (b, T - 1)
+                yield -logprobs, labels, n
 
         return losses
 
@@ -57,7 +56,7 @@ class Corpus:
         if not self.held_out or not (step in (1, steps) or step % max(1, steps // 10) == 0):
             return {}
         with self.engine.gathered(self.policy):
-            nats = sft_loss(self.policy, self.held_out, self.config.ppo.microbatch_size, run.device)
+            nats = sft_loss(self.policy, self.held_out, self.config.ppo.microbatch_size, run.device, impl=run.impl)
         return {"base/perplexity": perplexity(nats)}
 
 

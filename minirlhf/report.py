@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minirlhf import svg
-from minirlhf.errors import DataError, UserError
+from minirlhf.errors import DataError, tool
 from minirlhf.figures import GOLD, KL, SCORE, Traces, all_figures
 from minirlhf.log import read_lines
 from minirlhf.page import box, number, page, section, shown, table
@@ -349,21 +349,15 @@ def write_report(folder: Path | str, *others: Path | str, out: Path | str | None
     return path
 
 
+@tool()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line."""
     parser = argparse.ArgumentParser(prog="python -m minirlhf.report", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", default="", help="file to write; default: report.html of the first run")
     args = parser.parse_args(argv)
-    try:
-        print(write_report(*args.runs, out=args.out or None))  # noqa: T201
-        return 0
-    except UserError as e:
-        code, words = e.exit_code, str(e)
-    except OSError as e:
-        code, words = 4, f"{e.filename or args.out}: {e.strerror or e}"
-    print("error: " + " ".join(words.split()), file=sys.stderr)  # noqa: T201
-    return code
+    print(write_report(*args.runs, out=args.out or None))  # noqa: T201
+    return 0
 
 
 if __name__ == "__main__":

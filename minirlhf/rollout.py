@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minirlhf import dist
-from minirlhf.data import decode
+from minirlhf.data import Example, collate, decode
 from minirlhf.errors import CheckpointError
 from minirlhf.generate import Generation, generate
 from minirlhf.heads import RewardModel, ValueModel, last_true
@@ -148,6 +148,21 @@ def target_stats(
     how: dict[str, Any] = {"temperature": temperature, "want": want, "impl": impl}
     stats = head_stats(*logit_factors(model.head, hidden.flatten(0, 1)), targets.flatten(), **how)
     return {name: getattr(stats, name).view_as(targets) for name in want}
+
+
+def sft_targets(input_ids: Tensor, trained: Tensor) -> Tensor:  # (B, T), (B, T) → (B, T - 1)
+    """The labels of positions 0 … T - 2."""
+    return torch.where(trained, input_ids, IGNORE)[:, 1:]
+
+
+def label_logprobs(
+    model: CausalLM, examples: Sequence[Example], device: str = "cpu", *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:  # (b, T - 1), (b, T - 1) bool
+    """log π of the labels of some texts, 0 elsewhere; and where they are."""
+    batch = collate(examples, 0, device)
+    targets = sft_targets(batch.input_ids, batch.trained)
+    stats = target_stats(model, batch.input_ids, batch.attention_mask, targets, texts=batch.texts, impl=impl)
+    return stats["logprobs"], targets != IGNORE
 
 
 def policy_stats(

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -21,7 +22,7 @@ import safetensors
 import tokenizers
 import torch
 
-from minirlhf import checkpoint, dist
+from minirlhf import checkpoint, dist, ops
 from minirlhf.config import load_config
 from minirlhf.errors import AlarmError, NonFiniteError, UsageError, UserError
 from minirlhf.log import Progress, append_line, cut_after, exporter, memory, read_lines
@@ -329,12 +330,7 @@ def complain(error: object, code: int, config: Any) -> int:
 def prepare_torch(config: Any) -> None:
     """Device, threads and exactness, before any tensor is made."""
     run = config.run
-    if run.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"run.device {run.device}: no CUDA device is available; use --run.device cpu")
-    try:
-        torch.device(run.device)
-    except RuntimeError as e:
-        raise UsageError(f"run.device {run.device!r} is no device; use cpu, cuda or cuda:N") from e
+    require_device(run.device, "run.device")
     if ":" in run.device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(f"run.device {run.device}: with several ranks use cuda; each takes the GPU of its number")
     built_in = not config.data.path and not getattr(getattr(config, "ppo", None), "prompts", ())
@@ -342,6 +338,19 @@ def prepare_torch(config: Any) -> None:
         torch.set_num_threads(run.threads or 1)  # the built-in task's products are too small to be shared
     torch.set_float32_matmul_precision("highest")
     dist.start(run.device)
+    try:
+        ops.choose(run.impl, torch.empty(0, device=run.device))
+    except RuntimeError as e:
+        raise UsageError(f"run.impl {run.impl}: {e}") from e
+
+
+def require_device(device: str, setting: str) -> None:
+    """Raises UsageError for what is no device of this machine."""
+    named = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if not named:
+        raise UsageError(f"{setting} {device!r} is no device; use cpu, cuda or cuda:N")
+    if device != "cpu" and int(named[1] or 0) >= torch.cuda.device_count():
+        raise UsageError(f"{setting} {device}: no such CUDA device is available; use cpu")
 
 
 def environment() -> dict[str, Any]:

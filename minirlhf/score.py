@@ -20,11 +20,10 @@ import torch
 
 from minirlhf.chat import open_folder
 from minirlhf.data import encode_lists
-from minirlhf.errors import DataError, UserError
+from minirlhf.errors import DataError, tool
 from minirlhf.evaluate import ranking_accuracy, score_sequences, text_ids
 from minirlhf.formats import read_records
 from minirlhf.pretrained import load_reward_model
-from minirlhf.run import complain
 
 
 def reward_of(folder: str, *, template: str = "", device: str = "cpu") -> Callable[..., list[float]]:
@@ -104,6 +103,7 @@ def summary(loaded: Any, records: Sequence[Any], lines: Sequence[dict[str, Any]]
     return words
 
 
+@tool(os_error=DataError.exit_code)
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     parser = argparse.ArgumentParser(prog="python -m minirlhf.score", allow_abbrev=False)
@@ -121,25 +121,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--template", default="", help="prompt template (default: the model's own)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     args = parser.parse_args(argv)
+    loaded = open_folder(args.folder, load_reward_model, template=args.template, device=args.device)
+    records, found = read(args)
     try:
-        loaded = open_folder(args.folder, load_reward_model, template=args.template, device=args.device)
-        records, found = read(args)
-        try:
-            lines = scored(loaded, records, args.device)
-        except DataError as e:
-            raise DataError(f"{args.path}: {e}") from e
-        if not lines:
-            raise DataError(f"{args.path}: holds no answers to score")
-        for line in lines:
-            print(json.dumps(line, ensure_ascii=False))  # noqa: T201
-        dropped = f"; {len(found.dropped)} rows left out" if found.dropped else ""
-        print(summary(loaded, records, lines, args.device) + dropped, file=sys.stderr)  # noqa: T201
-        return 0
-    except UserError as e:
-        code, words = e.exit_code, str(e)
-    except OSError as e:
-        code, words = 3, f"{e.filename or args.path}: {e.strerror or e}"
-    return complain(words, code, None)
+        lines = scored(loaded, records, args.device)
+    except DataError as e:
+        raise DataError(f"{args.path}: {e}") from e
+    if not lines:
+        raise DataError(f"{args.path}: holds no answers to score")
+    for line in lines:
+        print(json.dumps(line, ensure_ascii=False))  # noqa: T201
+    sys.stdout.flush()
+    dropped = f"; {len(found.dropped)} rows left out" if found.dropped else ""
+    print(summary(loaded, records, lines, args.device) + dropped, file=sys.stderr)  # noqa: T201
+    return 0
 
 
 if __name__ == "__main__":

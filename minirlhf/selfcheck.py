@@ -22,11 +22,9 @@ from minirlhf import stage
 from minirlhf.config import PPOConfig, load_config
 from minirlhf.data import collate, encode_sft, left_padded
 from minirlhf.errors import NonFiniteError, UsageError, UserError
-from minirlhf.evaluate import sft_targets
 from minirlhf.ppo import epoch_plans, ppo_iteration
-from minirlhf.pretrained import load_causal_lm
 from minirlhf.rng import generator
-from minirlhf.rollout import IGNORE, Roles, Rollout, collect, policy_stats, target_stats
+from minirlhf.rollout import IGNORE, Roles, Rollout, collect, policy_stats, sft_targets, target_stats
 from minirlhf.run import complain, prepare_torch
 from minirlhf.settings import help_text
 
@@ -122,7 +120,7 @@ def first_kl(b: Bench) -> Check:
 def reference(b: Bench) -> Check:
     """The frozen reference against the folder, read again."""
     path = b.config.model.path
-    fresh = stage.load(path, load_causal_lm, b.config, key="model.path", made_by="train_sft.py").model
+    fresh = stage.load_policy(b.config).model
     gap = b.gap(b.by_parts(fresh.eval()), b.rollout.ref_logprobs)
     return Check("reference equal to SFT", gap, 0.0, f"max |Δ log-prob| to {path}")
 

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from minirlhf.errors import UsageError
 
 Choices = tuple[str, ...]
+ACCEPTED: dict[type, Any] = {str: str, int: (str, int), float: (str, int, float)}  # what makes a value of a type
 
 
 def key(default: Any, text: str, *, low: float | None = None, high: float | None = None, choices: Choices = ()) -> Any:
@@ -135,17 +136,11 @@ def _parse(name: str, raw: Any, annotation: Any) -> Any:
         if not isinstance(raw, bool):
             raise UsageError(f"{name}: {raw!r} is neither true nor false")
         return raw
-    if (
-        isinstance(raw, bool)
-        or not isinstance(raw, (str, int, float))
-        or (annotation is str and not isinstance(raw, str))
-    ):
-        raise wrong
-    if annotation is int and isinstance(raw, float):
+    if isinstance(raw, bool) or not isinstance(raw, ACCEPTED[annotation]):
         raise wrong
     try:
         value = annotation(raw)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise wrong from None
     if isinstance(value, float) and math.isnan(value):
         raise wrong

@@ -21,6 +21,7 @@ from minirlhf.adapt import (
     adapted,
     base_folder,
     freeze,
+    loading_device,
     open_model,
     read_meta,
     uses_lora,
@@ -36,6 +37,7 @@ from minirlhf.formats import read_records
 from minirlhf.heads import ScalarModel
 from minirlhf.lora import adapter_view, adapters
 from minirlhf.model import CausalLM
+from minirlhf.optim import adamw, keep_mean
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.probe import TextScore
 from minirlhf.readers import Ranking
@@ -44,11 +46,13 @@ from minirlhf.reward import load_reward_fn
 from minirlhf.rng import generator
 from minirlhf.rollout import Roles, Rollout, reward_model_score, sample_rows
 from minirlhf.run import Run, write_json
+from minirlhf.safefile import shown
 from minirlhf.templates import Template, get_template
 from minirlhf.tokenizer import Tokenizer
 
 DEFAULT_REWARD = "runs/rm/final"
 VALIDATION = 2048  # records that the built-in task adds for validation
+JUDGED = 512  # prompts that the built-in task's pairs are drawn from at once, two answers each
 OWN = 256  # answers of the starting model that rm.normalize asks for
 
 
@@ -77,19 +81,26 @@ def load(
     base = base_folder(folder) or folder
     tokenizer = Tokenizer.load(folder if (folder / "tokenizer.json").exists() else base)
     meta = read_meta(folder) or read_meta(base)
-    template = get_template(config.data.template or meta.get("template", "plain"))
+    name = config.data.template or meta.get("template", "plain")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{folder / META}: template {shown(name)} is no name")
+    template = get_template(name)
     if meta.get("template_sha256", template.sha256) != template.sha256:
         raise UsageError(
             f"data.template {template.name}: {path} was trained under {meta.get('template')}, and every stage must "
             f"use the same; leave data.template empty to take the model's own"
         )
-    device = config.run.device if config.run.engine == "none" else "cpu"  # a sharded model never lies there whole
-    model = open_model(folder, loader, device, beside=beside)
+    model = open_model(folder, loader, loading_device(config.run), beside=beside)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"{path}: {tokenizer.vocab_size} tokens in tokenizer.json, but the embedding has {model.config.vocab_size}"
         )
     return Loaded(model, tokenizer, template, meta)
+
+
+def load_policy(config: Any) -> Loaded:
+    """The language model of `model.path`."""
+    return load(config.model.path, load_causal_lm, config, key="model.path", made_by="train_sft.py")
 
 
 def make(config: Any, texts: Sequence[str]) -> Loaded:
@@ -107,8 +118,18 @@ def make(config: Any, texts: Sequence[str]) -> Loaded:
         family=m.family, vocab_size=tokenizer.vocab_size, n_layer=m.n_layer, n_head=m.n_head, d_model=m.d_model,
         max_seq_len=m.max_seq_len, dropout=m.dropout, tied=True,
     )  # fmt: skip
-    model = CausalLM(sizes, rng=generator(config.run.seed, "weights")).to(config.run.device)
+    model = CausalLM(sizes, rng=generator(config.run.seed, "weights")).to(loading_device(config.run))
     return Loaded(model, tokenizer, get_template(config.data.template or "plain"), {})
+
+
+def ppo_optimizer(roles: Roles, config: Any) -> tuple[dict[str, Any], torch.optim.Optimizer]:
+    """The roles that PPO trains, and AdamW for them."""
+    o = config.optim
+    trained = {"policy": roles.policy} | ({"value_model": roles.value_model} if roles.value_model else {})
+    named = (pair for role, model in trained.items() for pair in model.named_parameters(role))
+    optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
+    keep_mean(optimizer, roles.policy, config.ppo.ema)
+    return trained, optimizer
 
 
 def save(folder: Path, model: CausalLM | ScalarModel, tokenizer: Tokenizer, template: Template, **meta: Any) -> None:
@@ -155,7 +176,7 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
     """Policy, frozen reference, value model and reward, each on its own weights or as adapters on one base; the policy
     with its tokenizer; and the reward as a function of texts, for the probe."""
     c = config
-    loaded = load(c.model.path, load_causal_lm, c, key="model.path", made_by="train_sft.py")
+    loaded = load_policy(c)
     if uses_lora(loaded.model, c):
         policy = adapted(loaded.model, c, loaded.model)
         ref_policy = adapter_view(loaded.model, LOADED if LOADED in adapters(loaded.model) else None)
@@ -317,12 +338,11 @@ def own_answers(config: Any, loaded: Loaded, records: Sequence[Any]) -> list[lis
     Raises DataError where the records have no prompts, or the model always says the same.
     """
     how, data, seed = sampling(config, loaded), config.data, config.run.seed
-    room = (data.max_length or loaded.model.config.max_seq_len) - config.sample.max_new_tokens
     prompts = list(dict.fromkeys(record.prompt for record in records))
     if not any(loaded.template.prompt_ids(loaded.tokenizer, prompt) for prompt in prompts):
         raise DataError(f"{data.path}: its records have no prompts, which rm.normalize answers; leave it out")
     some = torch.randperm(len(prompts), generator=generator(seed, "own/prompts")).tolist()[:OWN]
-    _, encoded, _ = encode_prompts([prompts[i] for i in some], loaded.tokenizer, loaded.template, room)
+    _, encoded, _ = with_room(config, loaded, [prompts[i] for i in some])
     asked = [encoded[r % len(encoded)] for r in range(OWN)]
     ids, mask = left_padded(asked, how["pad_token_id"], config.run.device)
     loaded.model.to(config.run.device)
@@ -334,17 +354,22 @@ def own_answers(config: Any, loaded: Loaded, records: Sequence[Any]) -> list[lis
     return answers
 
 
+def with_room(config: Any, loaded: Loaded, prompts: Sequence[str]) -> tuple[list[str], list[list[int]], dict[str, int]]:
+    """The prompts that leave room for an answer, as texts and as tokens; and how many do not."""
+    room = (config.data.max_length or loaded.model.config.max_seq_len) - config.sample.max_new_tokens
+    return encode_prompts(prompts, loaded.tokenizer, loaded.template, room)
+
+
 def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]:
     """n pairs of answers of the model, judged by the built-in task's labeler; equal answers are drawn again."""
     data, seed = config.data, config.run.seed
-    prompts = review_world.prompts(data.language)
-    encoded = [loaded.template.prompt_ids(loaded.tokenizer, prompt) for prompt in prompts]
+    prompts, encoded, _ = with_room(config, loaded, review_world.prompts(data.language))
     how = sampling(config, loaded)
     loaded.model.to(config.run.device)
     pairs: list[Any] = []
     drawn = 0
     while len(pairs) < n:
-        rows = range(drawn, drawn + 512)
+        rows = range(drawn, drawn + JUDGED)
         ids, mask = left_padded([encoded[r % len(prompts)] for r in rows], how["pad_token_id"], config.run.device)
         rngs = [generator(seed, f"pair/{purpose}", 0, 2 * r + side) for r in rows for side in (0, 1)]
         made = sample_rows(loaded.model, ids, mask, num_return_sequences=2, rng=rngs, **how)
@@ -355,7 +380,7 @@ def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]
             )
             if pair is not None:
                 pairs.append(pair)
-        drawn += 512
+        drawn += JUDGED
     return pairs[:n]
 
 
@@ -370,8 +395,7 @@ def ppo_prompts(config: Any, run: Run, policy: Loaded, *, held_out: bool = False
         texts = [record.prompt for record in split(read(config, run), config.data.holdout)[held_out]]
         if not any(texts):
             raise DataError(f"{config.data.path}: its records have no prompts; give --ppo.prompts")
-    room = (config.data.max_length or policy.model.config.max_seq_len) - config.sample.max_new_tokens
-    kept, encoded, counts = encode_prompts(texts, policy.tokenizer, policy.template, room)
+    kept, encoded, counts = with_room(config, policy, texts)
     report_counts("prompts", counts, len(texts))
     return kept, encoded
 

@@ -137,6 +137,8 @@ def test_special_tokens_of_a_user_are_words(talk):
         (["{a}", "--score", "nowhere"], 4),
         (["{a}", "--max_new_tokens", "48"], 2),
         (["{a}", "--template", "unheard-of"], 2),
+        (["{a}", "--device", "meta"], 2),
+        (["{a}", "--device", "cuda:9"], 2),
     ],
 )
 def test_mistakes_are_one_line(folders, monkeypatch, capsys, args, code):

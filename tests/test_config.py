@@ -95,6 +95,7 @@ def test_a_mistake_is_one_line_that_names_it(argv, words):
         ("c.json", '{"run": {"steps": true}}'),
         ("c.json", '{"run": {"steps": 3.5}}'),
         ("c.json", '{"run": {"seed": null}}'),
+        ("c.json", '{"optim": {"lr": 1' + 400 * "0" + "}}"),
         ("c.json", '{"ppo": {"prompts": "one, two", "nope": 1}}'),
         ("c.yaml", "run:\n"),
     ],

@@ -9,7 +9,7 @@ from test_scripts import metrics, script
 
 from minirlhf.data import encode_pairs
 from minirlhf.errors import DataError
-from minirlhf.evaluate import answer_logprobs
+from minirlhf.evaluate import answer_logprobs, sft_loss
 from minirlhf.formats import Ranking
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.rng import generator
@@ -52,6 +52,9 @@ def test_log_probs_of_answers_are_those_of_each_answer_alone():
         logprobs = model(torch.tensor([example.ids]))[0].double().log_softmax(-1)  # (T, V)
         expected = sum(logprobs[t - 1, example.ids[t]] for t in range(1, len(example.ids)) if example.trained[t])
         torch.testing.assert_close(sum_.double(), expected, rtol=1e-5, atol=1e-5)
+    for function in (answer_logprobs, sft_loss):
+        with pytest.raises(ValueError, match="impl 'nonsense'"):
+            function(model, examples, 2, impl="nonsense")
 
 
 def test_dpo_starts_at_ln_2_and_runs_again_bit_for_bit(tmp_path, stages):

@@ -184,6 +184,15 @@ def test_a_replay_that_differs_ends_with_5_and_says_where(folder, ledger, tmp_pa
     ) in out
 
 
+def test_a_checkpoint_cut_short_is_named(folder, ledger, tmp_path):
+    shutil.copytree(folder / "run-", tmp_path / "run")
+    path = tmp_path / "run/checkpoints/step_00000002/policy.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    code, _, err = ledger(tmp_path / "run", "--step", 2, "--replay")
+    assert code == 4
+    assert str(path) in err.splitlines()[-1]
+
+
 def metadata(path):
     with path.open("rb") as f:
         return json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]

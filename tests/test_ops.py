@@ -321,7 +321,7 @@ def test_without_a_gradient_no_slope_is_made(monkeypatch, needed):
 @pytest.mark.parametrize("C", [1, 64, 5000])
 def test_tiles_cover_every_logit_once(N, V, C, device):
     rows, columns = set(), {}
-    for row, col in ops._tiles(N, V, C, device):
+    for row, col in ops.tiles(N, V, C, device):
         rows.add((row.start, row.stop))
         columns.setdefault((row.start, row.stop), []).append((col.start, col.stop))
         n, v = row.stop - row.start, col.stop - col.start
@@ -341,11 +341,11 @@ def test_tiles_cover_every_logit_once(N, V, C, device):
     (100, 50_257, 768, 100, 2730), (2049, 50_257, 768, 2048, 1024), (3, 5, 3_000_000, 3, 1),
 ])  # fmt: skip
 def test_rows_stay_together_unless_all_columns_fit(N, V, C, n, v):
-    assert next(iter(ops._tiles(N, V, C, "cpu"))) == (slice(0, n), slice(0, v))
+    assert next(iter(ops.tiles(N, V, C, "cpu"))) == (slice(0, n), slice(0, v))
 
 
 def test_no_rows_no_tiles():
-    assert list(ops._tiles(0, 5, 8, "cpu")) == []
+    assert list(ops.tiles(0, 5, 8, "cpu")) == []
 
 
 @pytest.mark.parametrize("budget", [1, 4 * 3 * 4, 4 * 11 * 300, 2**28])
@@ -453,7 +453,7 @@ def test_auto_is_torch_without_cuda():
     assert torch.equal(
         head_stats(hidden, weight, targets).logprobs, head_stats(hidden, weight, targets, impl="torch").logprobs
     )
-    assert ops._choose("auto", hidden) is ops._choose("torch", hidden) is ops._head_stats_torch
+    assert ops.choose("auto", hidden) is ops.choose("torch", hidden) is ops.head_stats_torch
 
 
 def test_triton_without_cuda_or_interpreter(monkeypatch):
@@ -486,7 +486,7 @@ def test_kernels_that_do_not_load(monkeypatch):
 
 
 class OnCuda:
-    """What `_choose` reads of a tensor."""
+    """What `choose` reads of a tensor."""
 
     def __init__(self, dtype):
         self.is_cuda, self.dtype = True, dtype
@@ -510,8 +510,8 @@ def test_the_choice_on_cuda(monkeypatch, impl, dtype, installed, chosen):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(ops.importlib, "import_module", lambda name: Kernels)
-    expected = "triton" if chosen == "triton" else ops._head_stats_torch
-    assert ops._choose(impl, OnCuda(dtype)) == expected
+    expected = "triton" if chosen == "triton" else ops.head_stats_torch
+    assert ops.choose(impl, OnCuda(dtype)) == expected
 
 
 def test_the_gradient_of_a_bf16_bias_is_summed_in_fp32():

@@ -6,10 +6,9 @@ from test_scripts import metrics, script
 from tolerance import assert_close, exact, fp64
 
 from minirlhf.data import Example, collate, pack
-from minirlhf.evaluate import sft_targets
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.rng import generator
-from minirlhf.rollout import IGNORE, target_stats
+from minirlhf.rollout import IGNORE, sft_targets, target_stats
 
 FAMILIES = ["gpt2", "bloom", "llama", "gpt_neox", "mistral", "opt"]
 

@@ -666,6 +666,7 @@ SETTINGS_REFUSED = [
     ("qwen2", "layer_types", ["full_attention"]),
     ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),  # no window in use
     ("qwen2", "layer_types", "full_attention"),
+    ("qwen2", "layer_types", [["full_attention"], {}]),
     ("qwen2", "use_mrope", True),
     ("qwen3", "num_experts", 8),
     ("gpt_neox", "rotary_pct", 1.5),

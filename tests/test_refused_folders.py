@@ -78,7 +78,10 @@ SPOILED = {  # what is done to a full folder, and what the line says
     "quantised": (lambda f: edit(f / "config.json", quantization_config={"bits": 4}), "quantization_config"),
     "pickled": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
     "tokens": (widened, "tokenizer.json"),
+    "a template that is no name": (lambda f: (f / "minirlhf.json").write_text('{"template": 5}'), "minirlhf.json"),
+    "words of ours that are no table": (lambda f: (f / "minirlhf.json").write_text("[]"), "minirlhf.json"),
 }
+OF_ITS_OWN = ("tokens", "template", "words")  # what an adapter folder does not take from its base
 
 
 @pytest.mark.parametrize("what", SPOILED)
@@ -87,7 +90,7 @@ def test_a_model_folder(here, capsys, what):
     spoil(here / "base")
     for name in ("sft", "rm", "ppo"):
         assert word in refused(capsys, name, model="base")
-        if what != "tokens":  # an adapter folder has its own tokenizer
+        if not any(word in what for word in OF_ITS_OWN):
             assert word in refused(capsys, name, model="sft")
     spoil(here / "rm_full")
     save_pretrained(load_causal_lm_again(), "good", tokenizer=WORDS)

@@ -131,6 +131,12 @@ def test_log_probs_and_kl_under_autocast(on_gpu, monkeypatch):
     assert float((rollout.sampler_logprobs - rollout.old_logprobs)[rollout.action_mask].abs().max()) < 0.05
 
 
+def test_exams_multiply_as_they_are_told():
+    roles, _ = roles_of("gpt2")
+    with pytest.raises(ValueError, match="impl 'nonsense'"):
+        exact_kl(roles, roll(roles), 1.0, "nonsense")
+
+
 def test_sequences_by_hand():
     """Two prompts of 1 and 3 tokens, answers of 2 and 1: no padding before them, and none that all rows have."""
     ids = torch.tensor([[PAD, PAD, 5, 6, 7, PAD], [3, 4, 5, EOS, PAD, PAD]])

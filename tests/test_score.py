@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -128,6 +129,17 @@ def test_a_pipe(folders):  # noqa: F811
     code, out, _ = processes.run("-m", "minirlhf.score", folders / "rm", cwd=folders, text=data)
     assert code == 0
     assert len(out.splitlines()) == 3
+
+
+def test_a_reader_that_has_left_is_no_mistake(folders):  # noqa: F811
+    """More lines than a pipe holds; nobody reads one."""
+    data = "".join(json.dumps(ROWS[0] | {"id": "x" * 9999}) + "\n" for _ in range(20))
+    (folders / "many.jsonl").write_text(data)
+    command = (
+        f"{sys.executable} -m minirlhf.score {folders / 'rm'} {folders / 'many.jsonl'} | true; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_reward_model_as_a_function_of_texts(folders):  # noqa: F811

@@ -154,6 +154,13 @@ def test_mistakes_end_in_one_line_and_their_code(pipeline, tmp_path):
     assert "finished" in script("sft", *TINY["sft"], "--run.dir", "runs/sft", cwd=cwd, code=2)
     assert "seed" in script("sft", *TINY["sft"], "--run.seed", "9", "--run.resume", "true", cwd=cwd, code=2)
     assert "cuda" in script("sft", "--run.device", "cuda:9", cwd=cwd, code=2)
+    for device in ("meta", "mps", "cpu:7", "cuda:x"):
+        assert device in script("sft", "--run.device", device, cwd=cwd, code=2)
+    for name in ("sft", "dpo"):
+        assert "triton" in script(name, "--run.impl", "triton", "--run.dir", "other", cwd=cwd, code=2)
+    assert "sample.max_new_tokens" in script(
+        "rm", "--sample.max_new_tokens", "100", "--run.dir", "other", cwd=cwd, code=3
+    )
     assert "train_sft.py" in script("rm", cwd=tmp_path, code=4)
     assert "train_sft.py" in script("ppo", cwd=tmp_path, code=4)
     assert "train_rm.py" in script("ppo", "--reward.path", "nowhere", cwd=cwd, code=4)

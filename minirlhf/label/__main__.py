@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minirlhf.errors import UsageError, UserError
+from minirlhf.errors import UsageError, tool
 from minirlhf.label.agreement import agreement
 from minirlhf.label.server import Server
 from minirlhf.label.store import Rankings, current, export, plan, read_labels, read_tasks
@@ -98,25 +98,20 @@ def write(args: argparse.Namespace) -> None:
     say(f"{args.out}: {len(rows)} rows")
 
 
+@tool()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        if args.out and all(map(os.path.exists, (args.path, args.out))) and os.path.samefile(args.path, args.out):
-            raise UsageError(f"--out {args.out} is the file that is read; choose another")
-        if args.agreement:
-            say(json.dumps(agreement(current(read_labels(args.path))), ensure_ascii=False, indent=1))
-        elif args.export:
-            write(args)
-        else:
-            serve(args)
-        return 0
-    except UserError as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)  # noqa: T201
-        return e.exit_code
-    except KeyboardInterrupt:
-        return 130
+    if args.out and all(map(os.path.exists, (args.path, args.out))) and os.path.samefile(args.path, args.out):
+        raise UsageError(f"--out {args.out} is the file that is read; choose another")
+    if args.agreement:
+        say(json.dumps(agreement(current(read_labels(args.path))), ensure_ascii=False, indent=1))
+    elif args.export:
+        write(args)
+    else:
+        serve(args)
+    return 0
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def main(config: PPOConfig, run: Run) -> None:
         if not guard.skipped and (step in SHOWN or step == c.run.steps):
             show(run, exam(prompts[:6]), step)
 
+    guard.check_weights()
     look_last(run, exam, prompts)
     policy, critic, mean = (*map(engine.whole, (roles.policy, roles.value_model)),
                             engine.picked(roles.policy, moment(optimizer, "ema")))  # fmt: skip

@@ -55,7 +55,7 @@ def main(config: SFTConfig, run: Run) -> None:
         rows = step_rows(len(examples), c.sft.minibatch_size, step - 1, seed=c.run.seed)
         texts = [examples[r] for r in rows]
         n = sum(sum(text.trained[1:]) for text in texts)  # labels of this optimizer step
-        texts = pack(texts, max_length) if c.sft.pack else texts
+        texts = pack(texts, max_length, c.sft.microbatch_size) if c.sft.pack else texts
         for part in microbatches(range(len(texts)), c.sft.microbatch_size, lambda i: len(texts[i].ids)):
             own = [texts[i] for i in part]
             with engine.precision():

@@ -1,6 +1,6 @@
 """The output layer's statistics on a GPU: log-prob, entropy, log-sum-exp, KL per row; the (N, V) logits are never held.
 
-The readable form is `head_stats_torch` in `minirlhf/ops.py`; this is the same function with another body.
+The readable form is `_head_stats_torch` in `minirlhf/ops.py`; this is the same function with another body.
 
 Forward: one kernel multiplies, caps and reduces. A program takes a block of rows and a fixed span of the vocabulary
 and leaves seven numbers per row; PyTorch merges the spans. With z the logits, z' the reference's, per span:
@@ -376,7 +376,7 @@ def head_stats_triton(
     ref_weight: Tensor | None,  # (V, C')
     want: tuple[str, ...],
 ) -> tuple[Tensor | None, ...]:  # logprobs, entropy, lse, kl: (N,) each, None where not wanted
-    """`head_stats_torch` in tiles. 16-bit weights are multiplied as such and summed in fp32; the interpreter widens.
+    """`_head_stats_torch` in tiles. 16-bit weights are multiplied as such and summed in fp32; the interpreter widens.
 
     Raises RuntimeError for tensors on the CPU when the kernels were made for a GPU.
     """

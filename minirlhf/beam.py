@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minirlhf.generate import Sampling, check, filtered
+from minirlhf.errors import NonFiniteError
+from minirlhf.generate import Sampling, at_rest, check, filtered
 from minirlhf.model import Cache, CausalLM
 
 WORST = -1.0e9  # of a beam that is none
@@ -26,7 +27,6 @@ class Beams:
     scores: Tensor  # (B, n) Σ log π / length^α
 
 
-@torch.no_grad()
 def beam_search(  # noqa: PLR0913  (the names are transformers')
     model: CausalLM,
     input_ids: Tensor,  # (B, P) left-padded prompts
@@ -42,7 +42,10 @@ def beam_search(  # noqa: PLR0913  (the names are transformers')
     min_new_tokens: int = 0,
     suppress_tokens: Sequence[int] = (),
 ) -> Beams:
-    """The n likeliest answers that n beams find. Raises ValueError for prompts that are not left-padded or too long."""
+    """The n likeliest answers that n beams find.
+
+    Raises ValueError for prompts that are not left-padded or too long, NonFiniteError for logits that are NaN.
+    """
     eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     how = Sampling(
         max_new_tokens, eos, repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
@@ -50,23 +53,38 @@ def beam_search(  # noqa: PLR0913  (the names are transformers')
     )  # fmt: skip
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     check(model, input_ids, mask, how)
-    (B, P), n, R, device = input_ids.shape, num_beams, max_new_tokens, input_ids.device
+    with at_rest(model), torch.no_grad():
+        return _search(model, torch.where(mask, input_ids, 0), mask, how, num_beams, length_penalty, pad_token_id)
+
+
+def _search(
+    model: CausalLM,
+    input_ids: Tensor,  # (B, P)
+    mask: Tensor,  # (B, P)
+    how: Sampling,
+    n: int,
+    length_penalty: float,
+    pad_token_id: int,
+) -> Beams:
+    (B, P), R, device = input_ids.shape, how.max_new_tokens, input_ids.device
     rows = torch.arange(B, device=device).repeat_interleave(n)  # (B·n,) prompt of each beam
     cache = Cache(model.config, B, P + R, dtype=model.trunk.embed.weight.dtype, device=device)
-    hidden = model.hidden(torch.where(mask, input_ids, 0), mask, cache=cache)[:, -1][rows]  # (B·n, C)
+    hidden = model.hidden(input_ids, mask, cache=cache)[:, -1][rows]  # (B·n, C)
     cache = cache.rows(rows)
     prefix = torch.cat([mask[rows], torch.ones(B * n, R, dtype=torch.bool, device=device)], 1)  # (B·n, P + R)
     tokens = torch.full((B, n, R), pad_token_id, device=device)
     scores = torch.full((B, n), WORST, device=device)  # of the open beams, Σ log π
     scores[:, 0] = 0.0  # all beams begin alike: one of them counts
     best = Beams(tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool), torch.full_like(scores, WORST))
-    ends, hopeful = torch.tensor(eos, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    ends, hopeful = torch.tensor(how.eos_token_ids, device=device), torch.ones(B, dtype=torch.bool, device=device)
 
     for t in range(R):
         logprobs = model.head(hidden).float().log_softmax(-1)  # (B·n, V)
+        if logprobs.isnan().any():
+            raise NonFiniteError(f"logits of row {int(logprobs.isnan().any(-1).nonzero()[0]) // n} are NaN or infinite")
         seen = (input_ids[rows], mask[rows], tokens.flatten(0, 1)[:, :t])
         total = filtered(logprobs, how, t, seen).view(B, n, -1) + scores[:, :, None]  # (B, n, V)
-        width = min(max(2, 1 + len(eos)) * n, total[0].numel())
+        width = min(max(2, 1 + len(ends)) * n, total[0].numel())
         value, index = total.flatten(1).topk(width)  # (B, width), the best extensions
         beam, token = index // total.shape[2], index % total.shape[2]
         longer = tokens.gather(1, beam[:, :, None].expand(-1, -1, R)).clone()  # (B, width, R)

@@ -71,12 +71,16 @@ def cut(n: int, size: int) -> list[list[int]]:
 
     Every rank runs as many forwards as the others, so that none waits for one that does not come.
     """
-    W = dist.world_size()
-    k = -(-n // (W * size))  # forwards of a rank
+    W, k = dist.world_size(), _forwards(n, size)
     if n // W < k:
         raise UsageError(f"{n} rows of a step are too few for {W} ranks at microbatch_size {size}; raise one of them")
     rows = [range(r, n, W) for r in range(W)]
     return [list(mine[len(mine) * j // k : len(mine) * (j + 1) // k]) for j in range(k) for mine in rows]
+
+
+def _forwards(n: int, size: int) -> int:
+    """Of each rank, for n rows."""
+    return -(-n // (dist.world_size() * size))
 
 
 def microbatches(rows: Sequence[int], size: int, length: Callable[[int], int]) -> list[list[int]]:
@@ -118,9 +122,12 @@ def collate(examples: Sequence[Example], pad_id: int, device: str = "cpu") -> Ba
     return Batch(ids, real, trained, texts)
 
 
-def pack(examples: Sequence[Example], room: int) -> list[Example]:
+def pack(examples: Sequence[Example], room: int, size: int = 1) -> list[Example]:
     """Short texts one after another in rows of at most `room` tokens, each in the first row that has room for it, the
-    longest before the others. Texts of unequal weight do not share a row, and none sees another: see `Trunk`."""
+    longest before the others. Texts of unequal weight do not share a row, and none sees another: see `Trunk`.
+
+    Some texts get rows of their own where all ranks together could not run the rows, `size` at a time, otherwise.
+    """
     rows: list[list[Example]] = []
     for example in sorted(examples, key=lambda e: -len(e.ids)):
         fits = (r for r in rows if r[0].weight == example.weight and sum(len(e.ids) for e in [*r, example]) <= room)
@@ -128,6 +135,8 @@ def pack(examples: Sequence[Example], room: int) -> list[Example]:
         if row is None:
             rows.append(row := [])
         row.append(example)
+    while len(rows) // dist.world_size() < _forwards(len(rows), size) and len(longest := max(rows, key=len)) > 1:
+        rows.append([longest.pop()])
     return [_joined(row) if len(row) > 1 else row[0] for row in rows]
 
 

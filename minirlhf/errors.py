@@ -48,14 +48,20 @@ def tool(os_error: int = 4) -> Callable[[Callable[..., int]], Callable[..., int]
         @wraps(main)
         def guarded(*argv: Any) -> int:
             try:
-                return main(*argv)
+                code = main(*argv)
+                sys.stdout.flush()
+                return code
             except (UserError, NonFiniteError) as e:
                 code, words = e.exit_code, str(e)
             except BrokenPipeError:  # who read the answers has left
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                _silence()
                 return 0
             except OSError as e:
                 code, words = os_error, f"{e.filename}: {e.strerror}" if e.filename else str(e)
+                try:
+                    sys.stdout.flush()
+                except OSError:  # that is where it came from
+                    _silence()
             except KeyboardInterrupt:
                 return 130
             print("error: " + " ".join(words.split()), file=sys.stderr)  # noqa: T201
@@ -64,3 +70,8 @@ def tool(os_error: int = 4) -> Callable[[Callable[..., int]], Callable[..., int]
         return guarded
 
     return around
+
+
+def _silence() -> None:
+    """What stdout still holds goes nowhere, when Python writes it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -47,7 +47,7 @@ def judged(
             w = {
                 "chosen": float(m == 1),
                 "rwr": math.exp((m - 1) / temperature),
-                "awr": min(math.exp((m - mean) / temperature), LARGEST),
+                "awr": math.exp(min((m - mean) / temperature, math.log(LARGEST))),
                 "unlikelihood": float(m == 1) - float(m == 0),
             }.get(objective, 0.0)
             if w:

@@ -69,5 +69,6 @@ def fit(
                 found = validate()
             metrics |= found
         run.log(step, metrics | guard.metrics, words)
+    guard.check_weights()
     model.eval()
     return found

@@ -58,6 +58,18 @@ class Guard:
                     f"step {step}: {e}; {where}; {IN_A_ROW} steps in a row: see {self.dump(step, str(e), where)}"
                 ) from e
 
+    def check_weights(self) -> None:
+        """After the last step: raises NonFiniteError on all ranks where a weight is NaN or infinite."""
+        bad = [
+            f"{role}.{name}"
+            for role, model in self.models.items()
+            for name, p in model.named_parameters()
+            if not (p.to_local() if hasattr(p, "to_local") else p).detach().isfinite().all()
+        ]
+        if dist.all_max(torch.tensor(len(bad))):
+            name = bad[0] if bad else "a weight of another rank"
+            raise NonFiniteError(f"{name} is NaN or infinite after the last step; lower optim.lr, raise optim.eps")
+
     def saw(self, rollout: Rollout, tokenizer: Tokenizer, state: dict[str, Any]) -> None:
         """What the step works on, and the numbers that its update needs besides."""
         self.seen = rollout, tokenizer, state

@@ -6,7 +6,8 @@ the cumulative distribution, so that its answer depends neither on its neighbour
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -93,14 +94,21 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     check(model, input_ids, mask, sampling)
     input_ids = torch.where(mask, input_ids, 0)  # what stands under the padding need not be a token
-    training = model.training
+    with at_rest(model), torch.inference_mode():
+        made = _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
+    return Generation(made.tokens.clone(), made.mask.clone(), made.logprobs.clone())
+
+
+@contextmanager
+def at_rest(model: CausalLM) -> Iterator[None]:
+    """Without dropout; afterwards each module is as it was."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
-            made = _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
-        return Generation(made.tokens.clone(), made.mask.clone(), made.logprobs.clone())
+        yield
     finally:
-        model.train(training)
+        for module, training in before:
+            module.training = training
 
 
 def _decode(

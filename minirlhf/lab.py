@@ -245,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/lab", help="folder of jobs and page")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: at least 1")
     names, out = args.names or list(scenarios), Path(args.out)
     unknown = [name for name in names if name not in scenarios]
     if unknown:

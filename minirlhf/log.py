@@ -14,13 +14,21 @@ from typing import Any, TextIO
 import torch
 
 from minirlhf import dist
-from minirlhf.errors import CheckpointError, UsageError
+from minirlhf.errors import CheckpointError, NonFiniteError, UsageError
 from minirlhf.safefile import write_file
+
+
+def to_json(path: Path, record: dict[str, Any], indent: int | None = None) -> bytes:
+    """Raises NonFiniteError, which names the file, for a number that JSON cannot hold."""
+    try:
+        return (json.dumps(record, ensure_ascii=False, allow_nan=False, indent=indent) + "\n").encode()
+    except ValueError as e:
+        raise NonFiniteError(f"{path.name}: a number in it is NaN or infinite") from e
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """One JSON object, one `write`: a crash leaves whole lines, or one torn last line that readers skip."""
-    data = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    data = to_json(path, record)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

@@ -187,7 +187,8 @@ def imitation_loss(
     """-w log π(a_t) where w ≥ 0; -|w| log(1 - π(a_t)) where w < 0 (Welleck et al. 2019, arXiv 1908.04319, eq. 4)."""
 
     def formula(logprobs: Tensor, w: Tensor) -> Tensor:
-        unlikely = torch.log(-torch.expm1(logprobs.clamp(max=-1e-6)))  # log(1 - π)
+        below = logprobs + (logprobs.clamp(max=-1e-6) - logprobs).detach()  # π < 1, and the slope where it is cut
+        unlikely = torch.log(-torch.expm1(below))  # log(1 - π)
         return torch.where(w < 0, w * unlikely, -w * logprobs)
 
     return _per_token(formula, logprobs, weights)

@@ -76,17 +76,18 @@ class Head(Linear):
 
         A logit does not depend on how many others there are, which would choose the library: see `prune_vocab`.
         """
-        return self.logits(x, self.weight)
+        return logits(x, self.weight)
 
-    def logits(self, x: Tensor, weight: Tensor) -> Tensor:  # (..., C), (n_out, C) → (..., n_out)
-        """x Wᵀ, at least fp32."""
-        if self.out_features > 1:
-            x, weight = as_logit_factor(x), as_logit_factor(weight)
-        dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-        with no_autocast(x.device.type):
-            if x.is_cuda and x.dtype == weight.dtype and not torch.is_grad_enabled():  # 16-bit factors as they are
-                return product(x.flatten(0, -2), weight.T).view(*x.shape[:-1], -1)
-            return linear(x.to(dtype), weight.to(dtype), alike=self.out_features > 1)
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:  # (..., C), (n_out, C) → (..., n_out)
+    """x Wᵀ, at least fp32."""
+    if len(weight) > 1:
+        x, weight = as_logit_factor(x), as_logit_factor(weight)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    with no_autocast(x.device.type):
+        if x.is_cuda and x.dtype == weight.dtype and not torch.is_grad_enabled():  # 16-bit factors as they are
+            return product(x.flatten(0, -2), weight.T).view(*x.shape[:-1], -1)
+        return linear(x.to(dtype), weight.to(dtype), alike=len(weight) > 1)
 
 
 class Embedding(nn.Embedding):
@@ -107,16 +108,15 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., size) → same shape and dtype
         """Weights of a wider dtype than x widen the computation, not the result."""
-        weight, bias = self.weight, self.bias
+        y: Tensor = x
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if x.dtype == torch.bfloat16 or x.dtype != weight.dtype:
             wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-            return self._norm(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
-        return self._norm(x, weight, bias)
-
-    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y, weight, bias = x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
         if bias is None:
-            return torch.rms_norm(x, self.size, weight, self.eps)
-        return torch.layer_norm(x, self.size, weight, bias, self.eps)
+            return torch.rms_norm(y, self.size, weight, self.eps).to(x.dtype)
+        return torch.layer_norm(y, self.size, weight, bias, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -83,7 +83,8 @@ def head_stats(  # noqa: PLR0913  (the output layer with everything that belongs
     u = W h + b,  z = softcap·tanh(u/softcap)/τ,  log p = z - log Σ e^z. The reference: the same softcap and τ, no bias,
     no gradient. Differentiable in hidden, weight and bias. "auto" is Triton on CUDA where it is installed, else torch.
 
-    Raises ValueError for a wrong `want` or `impl`, RuntimeError where Triton is asked for and cannot run.
+    Raises ValueError for a wrong `want` or `impl`, IndexError for a target that is no token, RuntimeError where Triton
+    is asked for and cannot run.
     """
     N, C = hidden.shape
     assert weight.shape[1:] == (C,), (hidden.shape, weight.shape)
@@ -94,6 +95,10 @@ def head_stats(  # noqa: PLR0913  (the output layer with everything that belongs
         raise ValueError("head_stats: kl needs ref_hidden")
     body = choose(impl, hidden)
     kept = (targets != ignore_index).nonzero()[:, 0]  # (n,) often less than half of the rows
+    targets = targets.index_select(0, kept)
+    low, high = torch.stack(targets.aminmax()).tolist() if len(kept) else (0, 0)
+    if low < 0 or high >= len(weight):
+        raise IndexError(f"head_stats: targets from {low} to {high}, but tokens go from 0 to {len(weight) - 1}")
     if "kl" in want and ref_hidden is not None:
         ref_weight = (weight if ref_weight is None else ref_weight).detach()  # (V, C')
         assert ref_hidden.shape == (N, ref_weight.shape[1]), (ref_hidden.shape, ref_weight.shape)
@@ -103,8 +108,8 @@ def head_stats(  # noqa: PLR0913  (the output layer with everything that belongs
         ref_hidden, ref_weight = None, None
     with torch.autocast(hidden.device.type, enabled=False):
         stats = body(
-            hidden.index_select(0, kept), weight, targets.index_select(0, kept), bias=bias, temperature=temperature,
-            softcap=softcap, ref_hidden=ref_hidden, ref_weight=ref_weight, want=tuple(want),
+            hidden.index_select(0, kept), weight, targets, bias=bias, temperature=temperature, softcap=softcap,
+            ref_hidden=ref_hidden, ref_weight=ref_weight, want=tuple(want),
         )  # fmt: skip
         return HeadStats(*(x if x is None else x.new_zeros(N).index_copy(0, kept, x) for x in stats))
 
@@ -115,7 +120,7 @@ def choose(impl: str, hidden: Tensor) -> Any:
         raise ValueError(f"head_stats: impl {impl!r} is none of auto, torch, triton")
     installed = importlib.util.find_spec("triton") is not None
     if impl == "torch" or (impl == "auto" and not (hidden.is_cuda and installed and hidden.dtype != torch.float64)):
-        return head_stats_torch
+        return _head_stats_torch
     if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("impl='triton' needs tensors on a CUDA device, or TRITON_INTERPRET=1; else use impl='torch'")
     if not installed:
@@ -129,7 +134,7 @@ def choose(impl: str, hidden: Tensor) -> Any:
 # ---- the torch tier -------------------------------------------------------------------------------------------------
 
 
-def head_stats_torch(  # noqa: PLR0913  (as `head_stats`)
+def _head_stats_torch(  # noqa: PLR0913  (as `head_stats`)
     hidden: Tensor,  # (N, C)
     weight: Tensor,  # (V, C)
     targets: Tensor,  # (N,)

@@ -152,8 +152,9 @@ def estimate(
     same at every token, and left on its own scale.
     """
     o = options
+    ddof = o.whiten_ddof if int(actions.sum()) > 1 else 0  # one token has no variance, whatever it is divided by
     if o.whiten_rewards:
-        rewards = whiten(rewards, states, center=False, ddof=o.whiten_ddof)
+        rewards = whiten(rewards, states, center=False, ddof=ddof)
     if o.advantage in ("rloo", "grpo"):
         totals = keep(rewards, states).sum(1)  # (B,)
         groups = group_advantages(totals.view(-1, o.answers_per_prompt), kind=o.advantage)  # (B / K, K)
@@ -164,7 +165,7 @@ def estimate(
     else:
         returns, _ = gae(rewards, torch.zeros_like(values), states, gamma=o.gamma, lam=1.0)
         advantages = keep(returns - masked_mean(returns, actions), actions)
-    return (whiten(advantages, actions, ddof=o.whiten_ddof) if o.whiten_advantages else advantages), returns
+    return (whiten(advantages, actions, ddof=ddof) if o.whiten_advantages else advantages), returns
 
 
 def surrogate(

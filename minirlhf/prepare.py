@@ -91,12 +91,16 @@ def conflicts(played: Iterable[Game]) -> list[Row]:
     ]
 
 
+def _is_number(x: Any) -> bool:
+    return type(x) in (int, float) and abs(x) <= sys.float_info.max
+
+
 def pairs(rows: Sequence[Row], *, margin: float) -> list[Row]:
     """Scored answers → for each prompt every pair whose scores differ by more than `margin`, and by how much."""
     answers: dict[str, dict[str, float]] = defaultdict(dict)
     for place, row in enumerate(rows):
         prompt, response, score = (row.get(name) for name in ("prompt", "response", "score"))
-        if not isinstance(prompt, str) or not isinstance(response, str) or type(score) not in (int, float):
+        if not isinstance(prompt, str) or not isinstance(response, str) or not _is_number(score):
             raise DataError(f"row {place + 1}: needs prompt, response and a number as score, as minirlhf.score gives")
         if answers[prompt].setdefault(response, float(score)) != score:  # type: ignore[arg-type]
             raise DataError(f"row {place + 1}: the same answer to the same prompt had another score before")

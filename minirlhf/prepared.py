@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from minirlhf.model import MLP, Attention, Block, CausalLM, Embedding, Head, Linear, Norm, Trunk
+from minirlhf.model import MLP, Attention, Block, CausalLM, Embedding, Head, Linear, Norm, Trunk, logits
 from minirlhf.products import Ready, after, as_factor, as_logit_factor, packed
 
 KINDS = (CausalLM, Trunk, Block, Attention, MLP, Linear, Head, Norm, Embedding)
@@ -87,7 +87,8 @@ def _layers(module: nn.Module) -> tuple[list[Linear], Ready | None]:
     elif isinstance(module, MLP):
         inner, act = [module.up], module.act
     layers = [x for x in inner if type(x) is Linear and plain(x)]
-    return (layers, act) if len(layers) == len(inner) else ([], None)
+    alike = len({x.bias is None for x in layers}) == 1
+    return (layers, act) if alike and len(layers) == len(inner) else ([], None)
 
 
 def _one_call(layers: list[Linear], rows: int, act: Ready | None) -> Ready | None:
@@ -109,7 +110,7 @@ def _logits(head: Head, rows: int) -> Ready | None:
     weight = as_logit_factor(head.weight)
     wide = weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
     ready = packed(wide, None, wide.dtype, rows)
-    return partial(head.logits, weight=wide) if ready is None and wide is not head.weight else ready
+    return partial(logits, weight=wide) if ready is None and wide is not head.weight else ready
 
 
 def _norm(norm: Norm) -> Ready | None:

@@ -29,7 +29,8 @@ def variants(prompts: Sequence[str], answers: Sequence[str], seed: int) -> dict[
     n = len(prompts)
     rng = generator(seed, "probe")
     words = " ".join(answers).split()
-    mixed = [" ".join(words[i] for i in torch.randint(len(words), (8,), generator=rng).tolist()) for _ in range(n)]
+    drawn = torch.randint(max(1, len(words)), (n, 8), generator=rng).tolist()
+    mixed = [" ".join(words[i] for i in row) if words else "" for row in drawn]
     longest = max(answers, key=len)
     stop = "。" if "。" in longest else "."
     joint = " " if " " in longest else ""

@@ -30,12 +30,12 @@ def gelu_tanh(x: Tensor) -> Tensor:  # same shape
 
 
 BARE: tuple[str, list[float], str] = ("none", [], "")
-FUSED: dict[Ready, tuple[str, list[float], str]] = {  # oneDNN's words for what it can do within a product
-    F.relu: ("relu", [], ""),
-    F.silu: ("swish", [], ""),
-    F.gelu: ("gelu", [], "none"),
-    gelu_tanh: ("gelu", [], "tanh"),
-}
+FUSED: list[tuple[Ready, tuple[str, list[float], str]]] = [  # what oneDNN can do within a product, in its words
+    (F.relu, ("relu", [], "")),
+    (F.silu, ("swish", [], "")),
+    (F.gelu, ("gelu", [], "none")),
+    (gelu_tanh, ("gelu", [], "tanh")),
+]
 
 
 def intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -59,7 +59,7 @@ def linear(
     alike: bool = False,  # an output does not depend on how many others there are: by oneDNN at any size
 ) -> Tensor:  # (..., m)
     """F.linear: x Wᵀ + b."""
-    if not _pays(x, weight, alike=alike):
+    if not _pays(x, weight, alike=alike) or (bias is not None and bias.shape != weight.shape[:1]):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
 
@@ -106,13 +106,15 @@ def packed(
     """
     if weight.device.type != "cpu" or dtype not in PACKED or rows * weight.numel() < SMALLEST or not _enabled():
         return None
-    weight, bias = weight.detach().to(dtype).contiguous(), None if bias is None else bias.detach().to(dtype)
+    weight = weight.detach().to(dtype).contiguous()
+    bias = None if bias is None else bias.detach().to(dtype).contiguous()
     if BY_MKL and dtype == torch.float32:  # for exactly so many rows; with others MKL takes the weight as it is
         by_mkl, w = torch.ops.mkl._mkl_linear.default, torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
         return after(lambda x: by_mkl(x if x.dtype == dtype else x.to(dtype), w, weight, bias, rows), act)
     call, w = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    how = BARE if act is None else FUSED.get(act, BARE)
-    return after(lambda x: call(x if x.dtype == dtype else x.to(dtype), w, bias, *how), None if act in FUSED else act)
+    how = next((words for known, words in FUSED if known is act), None)
+    ready = lambda x: call(x if x.dtype == dtype else x.to(dtype), w, bias, *(how or BARE))  # noqa: E731
+    return ready if how else after(ready, act)
 
 
 def after(layer: Ready, act: Ready | None) -> Ready:
@@ -137,8 +139,8 @@ def _pays(x: Tensor, weight: Tensor, *, alike: bool = False) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # as in `linear`
-    """What torch.compile makes of F.linear."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *BARE)
+    """What torch.compile makes of F.linear; it takes no notice of a bias's strides."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None if bias is None else bias.contiguous(), *BARE)
 
 
 class _Linear(torch.autograd.Function):

@@ -232,7 +232,7 @@ def preference(topic: int, a: Sequence[int], b: Sequence[int], labeler: str) -> 
     if labeler == "length_only":
         return 0.5 if longer == 0 else 0.8 if longer < 0 else 0.2
     logit = SHARPNESS * (gold(topic, a) - gold(topic, b)) - LENGTH_COST[labeler] * longer
-    return 1 / (1 + math.exp(-logit))
+    return 1 / (1 + math.exp(min(-logit, 700)))  # beyond, exp is no number
 
 
 def comparable(a: Sequence[int], b: Sequence[int], labeler: str) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minirlhf import dist
 from minirlhf.data import Example, collate, decode
-from minirlhf.errors import CheckpointError
+from minirlhf.errors import CheckpointError, NonFiniteError
 from minirlhf.generate import Generation, generate
 from minirlhf.heads import RewardModel, ValueModel, last_true
 from minirlhf.model import CausalLM, logit_factors
@@ -248,14 +248,21 @@ def sample_rows(
     rng: Any = None,  # a generator for each answer; with one rank also as `generate` takes it
     **sampling: Any,
 ) -> Generation:  # (B · answers, R) each
-    """`generate`, each rank its prompts. No rank waits for another before all are done."""
+    """`generate`, each rank its prompts. No rank waits for another before all are done; where one finds a number that
+    is none, all raise NonFiniteError."""
     if dist.world_size() == 1:
         return generate(model, prompts, prompt_mask, rng=rng, **sampling)
     B, K = len(prompts), sampling.get("num_return_sequences", 1)
     own = dist.mine(range(B))
     rows = list(own) or [0]  # a rank without a prompt draws an answer that does not count
     streams = [rng[i * K + k] for i in rows for k in range(K)]
-    made = generate(model, prompts[rows], prompt_mask[rows], rng=streams, **sampling)
+    found = ""
+    try:
+        made = generate(model, prompts[rows], prompt_mask[rows], rng=streams, **sampling)
+    except NonFiniteError as e:
+        found = str(e)
+    if dist.all_max(torch.tensor(len(found))):
+        raise NonFiniteError(found or "logits of another rank's rows are NaN or infinite")
     R = int(dist.all_max(torch.tensor(made.tokens.shape[1])))
     tokens = F.pad(made.tokens, (0, R - made.tokens.shape[1]), value=sampling["pad_token_id"])
     parts = (x.view(len(rows), K, -1)[: len(own)] for x in (tokens, made.mask, made.logprobs))

@@ -25,7 +25,7 @@ import torch
 from minirlhf import checkpoint, dist, ops
 from minirlhf.config import load_config
 from minirlhf.errors import AlarmError, NonFiniteError, UsageError, UserError
-from minirlhf.log import Progress, append_line, cut_after, exporter, memory, read_lines
+from minirlhf.log import Progress, append_line, cut_after, exporter, memory, read_lines, to_json
 from minirlhf.rng import derive_seed
 from minirlhf.safefile import read_json, write_file
 from minirlhf.settings import help_text, to_dict
@@ -370,6 +370,5 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     if dist.rank() != 0:
         return
     temporary = path.with_name(f".{path.name}.tmp")
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-    write_file(temporary, [text.encode()])
+    write_file(temporary, [to_json(path, value, indent=1)])
     os.replace(temporary, path)

@@ -9,6 +9,7 @@ agrees with the ranks. From Python: `reward_of(folder)`.
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -20,7 +21,7 @@ import torch
 
 from minirlhf.chat import open_folder
 from minirlhf.data import encode_lists
-from minirlhf.errors import DataError, tool
+from minirlhf.errors import DataError, NonFiniteError, tool
 from minirlhf.evaluate import ranking_accuracy, score_sequences, text_ids
 from minirlhf.formats import read_records
 from minirlhf.pretrained import load_reward_model
@@ -83,6 +84,8 @@ def scored(loaded: Any, records: Sequence[Any], device: str) -> list[dict[str, A
             lines.append(line)
             sequences.append(ids)
     scores = score_sequences(loaded.model, sequences, 64, device).tolist() if lines else []
+    if not all(map(math.isfinite, scores)):
+        raise NonFiniteError("the reward model's scores are NaN or infinite")
     return [{**line, "score": score} for line, score in zip(lines, scores, strict=True)]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from minirlhf.beam import beam_search
+from minirlhf.errors import NonFiniteError
 from minirlhf.generate import generate
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.rng import generator
@@ -55,6 +56,34 @@ def test_enough_beams_find_the_likeliest_answers(model, alpha):
         torch.testing.assert_close(found.scores[row, :5].tolist(), [s for s, _ in expected], rtol=1e-4, atol=1e-4)
 
 
+def test_dropout_is_off_and_every_module_is_afterwards_as_it_was():
+    config = ModelConfig(vocab_size=V, n_layer=2, n_head=2, d_model=8, max_seq_len=16, dropout=0.5)
+    model = CausalLM(config, rng=generator(5, "weights")).train()
+    model.trunk.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    how = {"num_beams": 3, "max_new_tokens": 6, "eos_token_id": EOS, "pad_token_id": 0}
+    once, again = (beam_search(model, torch.tensor([[1, 2, 3]]), **how).scores for _ in range(2))
+    assert torch.equal(once, again)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_what_stands_under_the_padding_need_not_be_a_token(model):
+    mask, how = torch.tensor([[False, True, True]]), {"num_beams": 2, "max_new_tokens": 4, "repetition_penalty": 1.5}
+    one, other = (
+        beam_search(model, torch.tensor([[pad, 2, 1]]), mask, eos_token_id=EOS, pad_token_id=0, **how)
+        for pad in (0, -100)
+    )
+    assert torch.equal(one.tokens, other.tokens)
+
+
+def test_logits_that_are_no_numbers_are_an_error(model):
+    with torch.no_grad():
+        model.trunk.embed.weight[3] = torch.nan
+    with pytest.raises(NonFiniteError, match="logits of row"):
+        beam_search(model, torch.tensor([[1, 2], [1, 3]]), num_beams=2, max_new_tokens=4, eos_token_id=EOS,
+                    pad_token_id=0)  # fmt: skip
+
+
 def test_one_beam_is_greedy(model):
     prompts = torch.tensor([[1, 2, 3], [2, 2, 1]])
     how = {"max_new_tokens": 6, "eos_token_id": EOS, "pad_token_id": 0}
@@ -67,10 +96,11 @@ def test_one_beam_is_greedy(model):
 # ---- few beams ------------------------------------------------------------------------------------------------------
 
 
-class Chain:
+class Chain(torch.nn.Module):
     """Logits after a token: its row of the table of its position. `passes` counts them."""
 
     def __init__(self, tables):
+        super().__init__()
         self.tables, self.passes = torch.tensor(tables).float(), 0  # (T, V, V)
         self.config = ModelConfig("llama", vocab_size=self.tables.shape[-1], n_layer=1, n_head=1, d_model=2)
         self.trunk = SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1)))
@@ -82,7 +112,7 @@ class Chain:
         self.passes += 1
         return self.tables[hidden[..., 0], hidden[..., 1]]
 
-    def __call__(self, ids):
+    def forward(self, ids):
         return self.tables[torch.arange(ids.shape[1]), ids]
 
 

@@ -48,6 +48,8 @@ def test_advantage_weights_by_hand_and_bounded():
     assert weights("awr") == pytest.approx({k: v / mean for k, v in raw.items()})
     sharp = [one.weight for one in judged(LISTS, "awr", temperature=0.01, good="", bad="")]
     assert max(sharp) / sharp[0] == pytest.approx(20)  # e^50 is not
+    sharper = judged([Ranking("p", list("abcd"), [1, 2, 2, 2])], "awr", temperature=1e-3, good="", bad="")  # e^750
+    assert [one.response for one in sharper if one.weight > 1e-9] == ["a"]
 
 
 def test_labels_are_merits():

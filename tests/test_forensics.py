@@ -239,14 +239,14 @@ def test_the_count_survives_a_stop(ppo_run, monkeypatch):
 def test_supervised_steps_too(trained, tmp_path, monkeypatch, capsys, change, word):
     """x - x is 0, and the slope of its root is infinite."""
     monkeypatch.chdir(trained)
-    real, calls = train_sft.target_stats, []
+    real, calls = train_sft.label_logprobs, []
 
-    def stats(model, ids, mask, targets, **keywords):
-        out = real(model, ids, mask, targets, **keywords)
+    def found(*args, **keywords):
+        logprobs, labels = real(*args, **keywords)
         calls.append(1)
-        return {"logprobs": change(out["logprobs"])} if len(calls) > 4 else out  # two microbatches a step
+        return change(logprobs) if len(calls) > 4 else logprobs, labels  # two microbatches a step
 
-    monkeypatch.setattr(train_sft, "target_stats", stats)
+    monkeypatch.setattr(train_sft, "label_logprobs", found)
     assert run("sft", "--run.dir", str(tmp_path / "s")) == 5
     error = next(x for x in capsys.readouterr().err.splitlines() if x.startswith("error"))
     assert error.startswith(f"error: step 5: the {word} is NaN or infinite")
@@ -258,6 +258,15 @@ def test_supervised_steps_too(trained, tmp_path, monkeypatch, capsys, change, wo
     assert saved[0] == 4
     for name, x in saved[1]["model"].items():
         assert torch.equal(state[1]["model"][name], x)
+
+
+def test_weights_that_the_last_step_spoiled_are_not_handed_on(trained, tmp_path, monkeypatch, capsys):
+    """AdamW with eps 0 divides 0 by 0 where a gradient has always been 0; two steps are too few to end the run."""
+    monkeypatch.chdir(trained)
+    out = tmp_path / "s"
+    assert run("sft", "--run.dir", str(out), "--run.steps", "3", "--optim.eps", "0") == 5
+    assert "model.trunk" in capsys.readouterr().err.splitlines()[-1]
+    assert not (out / "final").exists()
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------

@@ -184,6 +184,14 @@ def test_what_stands_under_the_padding_changes_nothing(pad):
     assert answers(got) == [answers(a)[0] for a in alone]
 
 
+def test_every_module_is_afterwards_as_it_was():
+    model = lm().train()
+    model.trunk.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    run(model, PROMPTS, rng=streams(5))
+    assert [module.training for module in model.modules()] == before
+
+
 def test_the_mask_may_be_left_out_or_be_of_integers():
     model, ids = lm(), torch.tensor([[5, 6], [7, 8]])
     settings = {"max_new_tokens": 6, "eos_token_id": EOS, "pad_token_id": PAD}

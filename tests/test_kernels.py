@@ -322,4 +322,4 @@ def test_auto_is_the_torch_tier_bit_for_bit_without_cuda():
     inputs = case(33, 17, 131)
     for a, e in zip(run(inputs, "auto"), run(inputs, "torch"), strict=True):
         assert_close(a, e, exact)
-    assert ops.choose("auto", inputs[0]) is ops.head_stats_torch
+    assert ops.choose("auto", inputs[0]) is ops._head_stats_torch

@@ -724,6 +724,9 @@ def test_agreement_of_labels(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, out, _ = label(path, "--agreement")
+    with path.open("a") as f:
+        f.write(json.dumps(labelled("x", [1, 2, 3, 4], "eve")) + "\n")
+    assert label(path, "--agreement")[0] == 3
     assert code == 0
     found = json.loads(out)
     assert (found["labels"], found["skipped"], found["shared_tasks"]) == (7, 1, 2)

@@ -8,7 +8,7 @@ import os
 import pytest
 from faults import disk_calls, failing, recorded
 
-from minirlhf.errors import CheckpointError
+from minirlhf.errors import CheckpointError, NonFiniteError
 from minirlhf.log import Progress, append_line, cut_after, read_lines
 
 
@@ -44,7 +44,7 @@ def test_a_full_disk_is_said_with_the_file(tmp_path, at):
 
 
 def test_nan_is_no_json(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(NonFiniteError, match=r"x\.jsonl"):
         append_line(tmp_path / "x.jsonl", {"step": 1, "loss": float("nan")})
     assert not (tmp_path / "x.jsonl").exists()
 

@@ -316,6 +316,14 @@ def test_without_a_gradient_no_slope_is_made(monkeypatch, needed):
         head_stats(hidden.requires_grad_(needed == "grad mode off"), weight, targets)
 
 
+@pytest.mark.parametrize("wrong", [-1, 10, 12345, -(2**40)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_targets_that_are_no_tokens_are_refused(wrong, frozen):
+    hidden, weight = torch.ones(3, 4, requires_grad=True), torch.ones(10, 4, requires_grad=not frozen)
+    with pytest.raises(IndexError, match=f"{wrong}.*0 to 9"):
+        head_stats(hidden, weight, torch.tensor([0, wrong, -100]))
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 @pytest.mark.parametrize(("N", "V"), [(1, 5), (2, 5), (100, 7), (1000, 500), (3000, 30_000), (9, 300_000), (50_000, 9)])
 @pytest.mark.parametrize("C", [1, 64, 5000])
@@ -453,7 +461,7 @@ def test_auto_is_torch_without_cuda():
     assert torch.equal(
         head_stats(hidden, weight, targets).logprobs, head_stats(hidden, weight, targets, impl="torch").logprobs
     )
-    assert ops.choose("auto", hidden) is ops.choose("torch", hidden) is ops.head_stats_torch
+    assert ops.choose("auto", hidden) is ops.choose("torch", hidden) is ops._head_stats_torch
 
 
 def test_triton_without_cuda_or_interpreter(monkeypatch):
@@ -510,7 +518,7 @@ def test_the_choice_on_cuda(monkeypatch, impl, dtype, installed, chosen):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(ops.importlib, "import_module", lambda name: Kernels)
-    expected = "triton" if chosen == "triton" else ops.head_stats_torch
+    expected = "triton" if chosen == "triton" else ops._head_stats_torch
     assert ops.choose(impl, OnCuda(dtype)) == expected
 
 

@@ -5,7 +5,8 @@ import torch
 from test_scripts import metrics, script
 from tolerance import assert_close, exact, fp64
 
-from minirlhf.data import Example, collate, pack
+from minirlhf import dist
+from minirlhf.data import Example, collate, cut, pack
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, sft_targets, target_stats
@@ -48,6 +49,17 @@ def test_rows_by_hand():
     batch = collate(found, 0)
     assert batch.texts.tolist() == [[0] * 5 + [1] * 3, [0] * 4 + [1] * 2 + [0] * 2, [0] * 8]
     assert collate([a, b], 0).texts is None
+
+
+@pytest.mark.parametrize(("world", "size", "rows"), [(1, 1, 3), (2, 1, 4), (2, 2, 3), (3, 1, 3), (4, 1, 4), (5, 1, 5)])
+def test_all_ranks_have_rows(world, size, rows, monkeypatch):
+    """Five texts in three rows, or in so many more that every rank runs as many forwards as the others."""
+    monkeypatch.setattr(dist, "world_size", lambda: world)
+    five = [Example([i] * n, [True] * n) for i, n in enumerate((5, 3, 4, 3, 8))]
+    found = pack(five, 8, size)
+    assert len(found) == rows
+    assert sorted(token for one in found for token in one.ids) == sorted(token for one in five for token in one.ids)
+    assert len(cut(len(found), size)) % world == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -155,6 +155,16 @@ def test_whitened_rewards_by_hand(ddof):
     assert_close(advantages[[0, 1], [1, 2]], expected, fp64)
 
 
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_one_token_has_no_variance(ddof):
+    """Whitened it is 0, a reward itself."""
+    reward, mask = torch.tensor([[3.0, 5.0]], dtype=torch.float64), torch.tensor([[True, False]])
+    o = dataclasses.replace(OPTIONS, whiten_ddof=ddof, whiten_rewards=True)
+    advantages, returns = estimate(reward, torch.zeros_like(reward), mask, mask, o)
+    assert_close(advantages, [[0.0, 0.0]], exact)
+    assert_close(returns, [[3.0, 0.0]], exact)
+
+
 def test_the_group_s_total_is_of_real_tokens():
     rewards = torch.tensor([[1.0, 2.0, math.nan], [4.0, 5.0, 9.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True, False], [True, True, True]])

@@ -107,6 +107,8 @@ def test_margins_by_hand():
     assert len(pairs(scored, margin=0.0)) == 3
     with pytest.raises(DataError, match="row 1: needs prompt, response and a number"):
         pairs([{"prompt": "p", "response": "a"}], margin=0.0)
+    with pytest.raises(DataError, match="row 1: needs prompt, response and a number"):
+        pairs([{"prompt": "p", "response": "a", "score": 10**400}], margin=0.0)
 
 
 def test_elo_by_hand(tmp_path):
@@ -183,6 +185,16 @@ def test_a_reader_that_has_left_is_no_mistake(run, monkeypatch, tmp_path):
         monkeypatch.undo()
         os.write(file.fileno(), b"late")
     assert (tmp_path / "gone").read_bytes() == b""
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "minirlhf.prepare", "mix", "a.jsonl"], cwd=tmp_path, stdout=full,
+                              stderr=subprocess.PIPE, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0].startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_module_is_a_command_through_the_script(tmp_path):

@@ -188,6 +188,35 @@ def test_another_activation_is_sampled_from(monkeypatch, family, by):
     assert not torch.allclose(mlp(x), before, rtol=0.1)
 
 
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, x):
+        return x.sin()
+
+
+@pytest.mark.parametrize("by_mkl", [False, True])
+def test_an_activation_that_cannot_be_a_key(monkeypatch, by_mkl):
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    monkeypatch.setattr(products, "BY_MKL", by_mkl and torch.backends.mkl.is_available())
+    mlp, x = make("gpt2", torch.float32), torch.randn(3, 1, 12)
+    mlp.trunk.blocks[0].mlp.act = Unhashable()
+    assert_close(prepared(mlp, 3, 16).trunk.blocks[0].mlp(x), mlp.trunk.blocks[0].mlp(x), fp32)
+
+
+@pytest.mark.parametrize("without", ["q", "k", "v"])
+def test_layers_with_and_without_bias_are_no_one_product(monkeypatch, without):
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    model = make("opt", torch.float32)
+    attn = model.trunk.blocks[0].attn
+    with torch.no_grad():
+        for layer in (attn.q, attn.k, attn.v):
+            layer.bias.normal_()
+    getattr(attn, without).bias = None
+    ids = tokens(3, 4)
+    assert_close(prepared(model, 12, 16).hidden(ids), model.hidden(ids), fp32)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])

@@ -83,6 +83,13 @@ def test_variants_are_what_their_names_say():
     assert set(found["random words"][0].split()) <= {"one", "two", "three", "four", "uno", "dos"}
 
 
+def test_answers_that_are_all_empty():
+    """A policy that says nothing is what the probe is for."""
+    found = variants(["p ?", "q ?"], ["", ""], 0)
+    assert found["random words"] == ["", ""]
+    assert len(probe(brief, PROMPTS, [""] * len(PROMPTS), 0)) > 1
+
+
 def test_chinese_answers_without_spaces():
     found = variants(["问"] * 2, ["很好。", "不好。"], 0)
     assert found["one full stop"] == ["。", "。"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerance import assert_close, exact, fp64
+from tolerance import assert_close, exact, fp32, fp64
 from torch.nn import functional as F
 
 from minirlhf import products
@@ -119,6 +119,17 @@ def test_turned_off_it_changes_no_more_than_rounding(spy):
         plain = model(ids).detach()
     assert used == len(spy) == 2 * 4 + 1
     assert_close(fast, plain, {"rtol": 1e-5, "atol": 2e-6})
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [
+    torch.arange(256.0)[::2], torch.ones(1).expand(128), torch.ones(1), torch.tensor(2.0), torch.arange(128.0)
+])  # fmt: skip
+def test_any_bias_that_torch_takes(bias):
+    x, w, _ = tensors(64, 256, out=128)
+    assert_close(linear(x, w, bias), F.linear(x, w, bias), fp32)
+    if bias.shape == (128,):
+        assert_close(packed(w, bias, torch.float32, 64)(x), F.linear(x, w, bias), fp32)
 
 
 def test_whose_processor_it_is(tmp_path, monkeypatch):

@@ -155,6 +155,7 @@ def test_preference():
     assert rw.preference(topic, a, b, "length_only") == 0.8
     assert rw.preference(topic, b, a, "length_only") == 0.2
     assert rw.preference(topic, a, a, "length_only") == 0.5
+    assert rw.preference(topic, a * 500, a, "length_biased") < 1e-300
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,13 @@ def test_a_pipe(folders):  # noqa: F811
     assert len(out.splitlines()) == 3
 
 
+def test_scores_that_are_no_numbers(run, monkeypatch):
+    monkeypatch.setattr(score, "score_sequences", lambda model, sequences, *_: torch.full((len(sequences),), torch.nan))
+    code, lines, err = run(ROWS)
+    assert (code, lines) == (5, [])
+    assert "NaN" in err
+
+
 def test_a_reader_that_has_left_is_no_mistake(folders):  # noqa: F811
     """More lines than a pipe holds; nobody reads one."""
     data = "".join(json.dumps(ROWS[0] | {"id": "x" * 9999}) + "\n" for _ in range(20))

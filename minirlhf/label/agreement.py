@@ -6,6 +6,8 @@ from collections.abc import Hashable, Sequence
 from itertools import combinations
 from typing import Any
 
+from minirlhf.errors import DataError
+
 
 def cohen_kappa(
     table: Sequence[Sequence[float]],  # (C, C) how often one rater said row and the other column
@@ -81,6 +83,9 @@ def agreement(
             repeats += [(first, line["ranks"])] if first else []
         elif any(line["ranks"]):
             ranked[line["task"]][line["annotator"]] = line["ranks"]
+    for rankings in (*(by.values() for by in ranked.values()), *repeats):
+        if len({*map(len, rankings)}) > 1:
+            raise DataError(f"one task was ranked as {' and '.join(map(str, rankings))}, of unequal lengths")
     shared = [by for by in ranked.values() if len(by) > 1]
     pairs = [(by[a], by[b], (a, b)) for by in shared for a, b in combinations(sorted(by), 2)]
     complete = [list(by.values()) for by in shared if all(all(ranks) for ranks in by.values())]

@@ -10,7 +10,10 @@ from ranks import on_ranks
 
 from minirlhf import dist
 from minirlhf.data import cut, microbatches
-from minirlhf.errors import UsageError
+from minirlhf.errors import NonFiniteError, UsageError
+from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.rng import generator
+from minirlhf.rollout import sample_rows
 
 
 def test_alone_they_do_nothing():
@@ -47,6 +50,26 @@ def rows():
         dist.all_rows(flags, n).tolist(),
         few.tolist(),
     )
+
+
+def answers_of_a_broken_model():
+    config = ModelConfig(vocab_size=8, n_layer=1, n_head=1, d_model=4, max_seq_len=8, tied=False)
+    model = CausalLM(config, rng=generator(0, "weights"))
+    with torch.no_grad():
+        model.trunk.embed.weight[5] = torch.nan
+    prompts = torch.tensor([[1], [5], [2]])
+    try:
+        sample_rows(model, prompts, prompts > 0, rng=[generator(0, "rows", row=i) for i in range(3)],
+                    max_new_tokens=1, eos_token_id=0, pad_token_id=0)  # fmt: skip
+    except NonFiniteError as e:
+        return str(e)
+
+
+def test_all_ranks_hear_of_the_nan_of_one():
+    """Else the others would wait for its answers, and it for their next step."""
+    first, second = on_ranks(2, answers_of_a_broken_model)
+    assert "another rank" in first
+    assert "row 0" in second
 
 
 def test_rows_of_ranks_come_in_the_order_of_rows():

@@ -28,15 +28,14 @@ from minirlhf.forensics import Guard
 from minirlhf.memory import dry_run
 from minirlhf.optim import lr_factor, set_lr
 from minirlhf.ppo import epoch_plans, ppo_iteration, require_finite, rollout_metrics, score_answers, score_moments
-from minirlhf.probe import TextScore, write_probe
+from minirlhf.probe import PROBED, TextScore, write_probe
 from minirlhf.ptx import Corpus
+from minirlhf.report import SHOWN_STEPS
 from minirlhf.reward import AdaptiveKL, FixedKL, load_reward_fn
 from minirlhf.rng import generator
 from minirlhf.rollout import Partition, Roles, Rollout, collect, save_rollout
 from minirlhf.run import Run, Snapshot, run_script, write_json
 
-SHOWN = (0, 10, 16, 100)  # iterations after which the same prompts are answered for the report, and the last one
-PROBED = 64  # ordinary answers, against which the reward model's opinion of degenerate ones is held
 MEASURED = 256  # answers that ppo.metric_fn judges at once
 WORDS = ("objective/scores", "gold/score", "objective/kl", "response/length_mean", "tokens_per_s")
 
@@ -99,7 +98,7 @@ def main(config: PPOConfig, run: Run) -> None:
                         "tokens_per_s": int(rollout.lengths.sum()) / (done - began)}  # fmt: skip
         run.log(step, metrics | guard.metrics, WORDS)
         watch(run, step, limits)
-        if not guard.skipped and (step in SHOWN or step == c.run.steps):
+        if not guard.skipped and (step in SHOWN_STEPS or step == c.run.steps):
             show(run, exam(prompts[:6]), step)
 
     guard.check_weights()

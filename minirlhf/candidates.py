@@ -10,22 +10,20 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from minirlhf import review_world, stage
-from minirlhf.chat import answer_length, before, open_folder
-from minirlhf.config import SampleSection
+from minirlhf.chat import before, open_folder, options, sampling
 from minirlhf.data import decode, left_padded
 from minirlhf.errors import DataError, UsageError, tool
 from minirlhf.formats import read_records
 from minirlhf.generate import generate
+from minirlhf.label.store import MAX_ANSWERS, MIN_ANSWERS
 from minirlhf.pretrained import load_causal_lm
 from minirlhf.rng import generator
 
 ROUNDS = 8  # of K answers each, before a prompt that has not K different ones goes with those it has
 AT_ONCE = 128  # answers of one forward
-MIN_K, MAX_K = 2, 9  # what the labeling page takes
 
 
 def read_prompts(path: str, language: str) -> list[str]:
@@ -81,43 +79,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minirlhf.candidates", allow_abbrev=False)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="folder of a model")
-    add("--k", type=int, default=4, help=f"answers to each prompt, {MIN_K} to {MAX_K} (default 4)")
-    add(
-        "--prompts", default="", metavar="FILE", help="one prompt a line, or any format with prompts; default: built-in"
-    )
+    add("--k", type=int, default=4, help=f"answers to each prompt, {MIN_ANSWERS} to {MAX_ANSWERS} (default 4)")
+    add("--prompts", default="", metavar="FILE", help="a prompt a line, or any format with prompts; default: built-in")
     add("--language", default="en", choices=("en", "zh"), help="of the built-in prompts (default en)")
-    add("--seed", type=int, default=0, help="seed of the answers (default 0)")
-    add("--max_new_tokens", type=int, default=0, help="default 256, or half the positions")
-    add("--temperature", type=float, default=1.0, help="above 0 (default 1)")
-    add("--top_k", type=int, default=0, help="draw from so many likeliest tokens; 0: off")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability; 1: off")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be repeated")
-    add("--template", default="", help="prompt template (default: the model's own, plain where it has none)")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
-    args = parser.parse_args(argv)
-    if not all(args.stop):
-        parser.error("--stop: an empty text ends every answer")
-    limits = (("k", MIN_K, MAX_K), ("max_new_tokens", 0, 2**31), ("temperature", 1e-6, 1e6), ("top_k", 0, 2**31),
-              ("top_p", 1e-9, 1.0))  # fmt: skip
-    for name, low, high in limits:
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name} {getattr(args, name)} is out of range")
-    return args
+    return options(parser, argv, greedy=False, k=(MIN_ANSWERS, MAX_ANSWERS))
 
 
 def run(args: argparse.Namespace) -> str:
     """Lines on stdout; what there is to say about them."""
     loaded = open_folder(args.folder, load_causal_lm, template=args.template, device=args.device)
     prompts = read_prompts(args.prompts, args.language)
-    longest = answer_length(loaded, args.max_new_tokens, args.folder)
-    how = SampleSection(longest, args.temperature, args.top_k, args.top_p)
-    sampling = stage.sampling(SimpleNamespace(sample=how), loaded) | {"suppress_tokens": stage.never_drawn(loaded)}
+    how = sampling(loaded, args, args.folder)
     counts = {"tasks": 0, "with fewer answers": 0, "prompts left out": 0}
     try:
         for prompt, answers in zip(
-            prompts, candidates(loaded, prompts, args.k, sampling, args.seed, args.device, args.stop), strict=True
+            prompts, candidates(loaded, prompts, args.k, how, args.seed, args.device, args.stop), strict=True
         ):
-            if len(answers) < MIN_K:
+            if len(answers) < MIN_ANSWERS:
                 counts["prompts left out"] += 1
                 continue
             counts["tasks"] += 1
@@ -127,7 +105,7 @@ def run(args: argparse.Namespace) -> str:
         raise DataError(f"{args.prompts or 'built-in prompts'}: {e}") from e
     if not counts["tasks"]:
         raise UsageError(
-            f"{args.folder}: no prompt has {MIN_K} different answers; raise --temperature or --max_new_tokens"
+            f"{args.folder}: no prompt has {MIN_ANSWERS} different answers; raise --temperature or --max_new_tokens"
         )
     return ", ".join(f"{n} {what}" for what, n in counts.items() if n)
 

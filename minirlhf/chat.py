@@ -9,7 +9,7 @@ conversation. The oldest turns are forgotten when a conversation grows too long 
 
 import argparse
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from minirlhf import stage
+from minirlhf.config import SampleSection
+from minirlhf.data import decode
 from minirlhf.errors import CheckpointError, DataError, UsageError, tool
 from minirlhf.evaluate import score_sequences
-from minirlhf.generate import Sampling, draw, filtered, row_uniforms
-from minirlhf.model import Cache, CausalLM
+from minirlhf.generate import COLDEST, generate
 from minirlhf.page import spelled
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.rng import generator
@@ -38,14 +39,14 @@ class Speaker:
 
     name: str
     loaded: stage.Loaded
-    sampling: Sampling
+    sampling: dict[str, Any]  # as `generate` takes it
     stops: tuple[str, ...] = ()  # an answer ends before the first of these
     turns: list[Turn] = field(default_factory=list)
     place: int = 0  # lines answered in this conversation
 
     def prompt_ids(self) -> list[int]:
         """The conversation so far as tokens; its oldest turns are dropped until there is room for an answer."""
-        room = self.loaded.model.config.max_seq_len - self.sampling.max_new_tokens
+        room = self.loaded.model.config.max_seq_len - self.sampling["max_new_tokens"]
         while True:
             ids = self.loaded.template.prompt_ids(self.loaded.tokenizer, tuple(self.turns))
             if len(ids) <= room:
@@ -54,15 +55,15 @@ class Speaker:
                 raise DataError(f"{self.name}: {len(ids)} tokens are too many; {room} leave room for an answer")
             del self.turns[:2]
 
-    def answer(self, line: str, seed: int) -> Iterator[str]:
-        """Say something; pieces of the answer as they come. The turn is kept once the answer is complete."""
+    def answer(self, line: str, seed: int, say: Callable[[str], object]) -> None:
+        """Say something; `say` gets the pieces of the answer as they come. The turn is kept once it is complete."""
         before = list(self.turns)
         self.turns.append(("user", line))
         try:
             ids = self.prompt_ids()
             if not ids:
                 raise DataError(f"{self.name}: nothing of this line is left as tokens")
-            text = yield from self._pieces(ids, generator(seed, "chat", self.place))
+            text = self._drawn(ids, generator(seed, "chat", self.place), say)
         except BaseException:
             self.turns = before
             raise
@@ -73,21 +74,24 @@ class Speaker:
         """Forget the conversation."""
         self.turns, self.place = [], 0
 
-    def _pieces(self, ids: Sequence[int], rng: torch.Generator) -> Generator[str, None, str]:
-        """Text as tokens complete it; the first bytes of a character wait for the rest."""
-        tokens: list[int] = []
-        said = text = ""
-        for token in stream(self.loaded.model, ids, self.sampling, rng):
-            tokens.append(token)
+    def _drawn(self, ids: Sequence[int], rng: torch.Generator, say: Callable[[str], object]) -> str:
+        """The answer, said as tokens complete it; the first bytes of a character wait for the rest."""
+        model, said = self.loaded.model, ""
+
+        def heard(tokens: list[int]) -> bool:
+            nonlocal said
             whole = self.loaded.tokenizer.decode(tokens)
             text = before(whole, self.stops)
-            if text != whole:
-                break
             sure = text[: len(text) - begun(text, self.stops)]
-            if sure.startswith(said) and not text.endswith("\ufffd"):
-                yield sure[len(said) :]
+            if text == whole and sure.startswith(said) and not text.endswith("\ufffd"):
+                say(sure[len(said) :])
                 said = sure
-        yield text.removeprefix(said)
+            return text != whole
+
+        prompt = torch.tensor([ids], device=model.trunk.embed.weight.device)  # (1, P)
+        made = generate(model, prompt, rng=rng, stop=heard, **self.sampling)
+        text = before(decode(made.tokens, made.mask, self.loaded.tokenizer)[0], self.stops)
+        say(text.removeprefix(said))
         return text
 
 
@@ -100,27 +104,6 @@ def begun(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end may be the beginning of a stop string."""
     ends = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
     return max(ends, default=0)
-
-
-@torch.no_grad()
-def stream(model: CausalLM, ids: Sequence[int], sampling: Sampling, rng: torch.Generator) -> Iterator[int]:
-    """The tokens that `generate` draws for one prompt, one at a time."""
-    P, R = len(ids), sampling.max_new_tokens
-    weight = model.trunk.embed.weight
-    prompt = torch.tensor([ids], device=weight.device)  # (1, P)
-    real = torch.ones(1, P + R, dtype=torch.bool, device=weight.device)
-    tokens = prompt[:, :0]  # (1, t)
-    uniforms = row_uniforms(rng, 1, R).to(weight.device) if sampling.do_sample else None  # (1, R)
-    cache = Cache(model.config, 1, P + R, dtype=weight.dtype, device=weight.device)
-    hidden = model.hidden(prompt, real[:, :P], cache=cache)[:, -1]  # (1, C)
-    for t in range(R):
-        logits = filtered(model.head(hidden), sampling, t, (prompt, real[:, :P], tokens))  # (1, V)
-        token, _ = draw(logits, None if uniforms is None else uniforms[:, t])  # (1,)
-        yield int(token)
-        if int(token) in sampling.eos_token_ids or t + 1 == R:
-            return
-        tokens = torch.cat([tokens, token[:, None]], 1)
-        hidden = model.hidden(token[:, None], real[:, : P + t + 1], cache=cache)[:, -1]
 
 
 # ---- setting up -----------------------------------------------------------------------------------------------------
@@ -138,13 +121,15 @@ def open_folder(path: str, loader: Callable[..., Any], *, template: str = "", de
 def speaker(path: str, args: argparse.Namespace) -> Speaker:
     """A model that is ready to answer."""
     loaded = open_folder(path, load_causal_lm, template=args.template, device=args.device)
+    return Speaker(path, loaded, sampling(loaded, args, path), tuple(args.stop))
+
+
+def sampling(loaded: stage.Loaded, args: argparse.Namespace, path: str) -> dict[str, Any]:
+    """The arguments of `generate` that the command line asks for; what no person should read is excluded."""
     longest = answer_length(loaded, args.max_new_tokens, path)
-    stop = loaded.template.stop_token_id(loaded.tokenizer)
-    sampling = Sampling(
-        longest, (stop,), args.temperature or 1.0, top_k=args.top_k, top_p=args.top_p,
-        suppress_tokens=stage.never_drawn(loaded), do_sample=args.temperature > 0,
-    )  # fmt: skip
-    return Speaker(path, loaded, sampling, tuple(args.stop))
+    how = SampleSection(longest, args.temperature or 1.0, args.top_k, args.top_p)
+    more = {"suppress_tokens": stage.never_drawn(loaded), "do_sample": args.temperature > 0}
+    return stage.sampling(SimpleNamespace(sample=how), loaded) | more
 
 
 def answer_length(loaded: stage.Loaded, asked: int, path: str) -> int:
@@ -190,22 +175,13 @@ def converse(speakers: Sequence[Speaker], judge: Callable[[Sequence[Turn]], floa
         elif line.strip():
             for one in speakers:
                 name = f"{one.name}: " if len(speakers) > 1 else ""
+                begin = iter([name])  # a line that is refused leaves no trace on stdout
                 try:
-                    reply(name, one.answer(line, seed))
+                    one.answer(line, seed, lambda piece: say(next(begin, "") + piece))  # noqa: B023
                 except DataError as e:
                     say(f"error: {e}\n", sys.stderr)
                     continue
-                if judge is not None:
-                    say(f"{name}score {judge(one.turns):.3f}\n")
-
-
-def reply(name: str, pieces: Iterator[str]) -> None:
-    """One model's answer on stdout; a line that is refused leaves no trace there."""
-    first = next(pieces)
-    say(name + first)
-    for piece in pieces:
-        say(piece)
-    say("\n")
+                say("\n" if judge is None else f"\n{name}score {judge(one.turns):.3f}\n")
 
 
 def say(text: str, out: Any = None) -> None:
@@ -215,33 +191,37 @@ def say(text: str, out: Any = None) -> None:
     out.flush()
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.chat", allow_abbrev=False)
+def options(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, greedy: bool, **limits: tuple[float, float]
+) -> argparse.Namespace:
+    """The command line, with what drawing answers needs, perhaps without chance; and limits of more numbers."""
     add = parser.add_argument
-    add("folders", nargs="+", metavar="FOLDER", help="folder of a model")
+    coldest = "0: always the likeliest token" if greedy else "above 0"
     add("--seed", type=int, default=0, help="seed of the answers (default 0)")
-    add(
-        "--max_new_tokens",
-        type=int,
-        default=0,
-        help=f"default {MAX_NEW_TOKENS}, or half the positions",
-    )
-    add("--temperature", type=float, default=1.0, help="0: always the likeliest token (default 1)")
+    add("--max_new_tokens", type=int, default=0, help=f"default {MAX_NEW_TOKENS}, or half the positions")
+    add("--temperature", type=float, default=1.0, help=f"{coldest} (default 1)")
     add("--top_k", type=int, default=0, help="draw from so many likeliest tokens; 0: off")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability; 1: off")
     add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be repeated")
-    add("--score", default="", metavar="FOLDER", help="a reward model that says what it thinks of each answer")
     add("--template", default="", help="prompt template (default: the model's own, plain where it has none)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     args = parser.parse_args(argv)
     if not all(args.stop):
         parser.error("--stop: an empty text ends every answer")
-    limits = (("max_new_tokens", 0, 2**31), ("temperature", 0, 1e6), ("top_k", 0, 2**31), ("top_p", 1e-9, 1.0))
-    for name, low, high in limits:
+    least = 0 if greedy and args.temperature == 0 else COLDEST
+    known = {"max_new_tokens": (0, 2**31), "temperature": (least, 1e6), "top_k": (0, 2**31), "top_p": (1e-9, 1.0)}
+    for name, (low, high) in (known | limits).items():
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)} is out of range")
     return args
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.chat", allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a model")
+    parser.add_argument("--score", default="", metavar="FOLDER", help="a reward model that judges each answer")
+    return options(parser, argv, greedy=True)
 
 
 @tool()

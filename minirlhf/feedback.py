@@ -10,19 +10,13 @@ learnt, the worst unlearnt (Welleck et al. 2019, arXiv 1908.04319). The weights 
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 from minirlhf.errors import DataError
+from minirlhf.records import SFT
 
 LARGEST = 20.0  # weight, Peng et al. 2019, section 4
-
-
-class Judged(NamedTuple):
-    """An answer and what it counts; below 0 it is to be unlearnt."""
-
-    prompt: str
-    response: str
-    weight: float = 1.0
 
 
 def judged(
@@ -32,17 +26,17 @@ def judged(
     temperature: float,  # τ
     good: str,  # before the prompt, for "conditional"
     bad: str,
-) -> list[Judged]:
+) -> list[SFT]:
     """Every answer that the objective learns from. Raises DataError where nobody has judged."""
     lists = [merits(record) for record in records]
     if not all(lists):
         raise DataError(f"sft.objective {objective}: the data holds neither ranks nor labels; use imitate")
-    found: list[Judged] = []
+    found: list[SFT] = []
     for record, answers in zip(records, lists, strict=True):
         mean = sum(m for _, m in answers) / len(answers)
         for response, m in answers:
             if objective == "conditional" and m != 0.5:
-                found.append(Judged((good if m > 0.5 else bad) + record.prompt, response))
+                found.append(SFT((good if m > 0.5 else bad) + record.prompt, response))
                 continue
             w = {
                 "chosen": float(m == 1),
@@ -51,10 +45,10 @@ def judged(
                 "unlikelihood": float(m == 1) - float(m == 0),
             }.get(objective, 0.0)
             if w:
-                found.append(Judged(record.prompt, response, w))
+                found.append(SFT(record.prompt, response, weight=w))
     if found and objective in ("rwr", "awr"):
         scale = len(found) / sum(one.weight for one in found)
-        found = [one._replace(weight=one.weight * scale) for one in found]
+        found = [replace(one, weight=one.weight * scale) for one in found]
     return found
 
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from minirlhf import review_world
 from minirlhf.page import figure, spelled
 from minirlhf.svg import Curve, Panel, draw, thinned
@@ -173,15 +175,12 @@ def against_distance(run: Traces, metric: str) -> Points:
 def fit(dots: Points, first_gold: float | None) -> tuple[float, float] | None:
     """α, β of R_RL(d) = d (α - β ln d), R = gold - gold at d = 0 (Gao et al. 2022, eq. 2), by least squares; None for
     fewer than five points with d > 0."""
-    rows = [(d, -d * math.log(d), gold - first_gold) for d, gold in dots if d > 0] if first_gold is not None else []
-    if len(rows) < 5:
+    used = [dot for dot in dots if dot[0] > 0]
+    if first_gold is None or len(used) < 5:
         return None
-    aa, ab, bb = (sum(r[i] * r[j] for r in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-    ar, br = (sum(r[i] * r[2] for r in rows) for i in (0, 1))
-    determinant = aa * bb - ab * ab
-    if determinant <= 1e-12 * aa * bb:
-        return None
-    return (ar * bb - br * ab) / determinant, (br * aa - ar * ab) / determinant
+    d, gold = np.array(used).T
+    (alpha, beta), _, rank, _ = np.linalg.lstsq(np.stack([d, -d * np.log(d)], 1), gold - first_gold, rcond=1e-6)
+    return (float(alpha), float(beta)) if rank == 2 else None
 
 
 def rl_curve(alpha: float, beta: float, first_gold: float, d_max: float) -> Points:

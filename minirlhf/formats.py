@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from minirlhf import readers
 from minirlhf.errors import DataError, UsageError
-from minirlhf.readers import SFT, Notes, Prompt, Ranking, Record, Row, Scored
+from minirlhf.readers import Notes, Row
+from minirlhf.records import SFT, Prompt, Ranking, Record, Scored
 from minirlhf.rows import Bad, Source, array_rows, json_rows, text_rows
 
 __all__ = ["FORMATS", "SFT", "Dropped", "Prompt", "Ranking", "Record", "Scored", "Summary", "read_records"]

@@ -70,21 +70,17 @@ FILES = {
 import json
 from pathlib import Path
 
-from minirlhf.evaluate import score_texts
-from minirlhf.pretrained import load_reward_model
-from minirlhf.templates import get_template
-from minirlhf.tokenizer import Tokenizer
+from minirlhf.score import reward_of
 
 FOLDERS = [Path("rm-weak/final"), Path("rm-weak-2/final"), Path("rm-weak-3/final")]
 SHAPES = [json.loads((folder / "minirlhf.json").read_text()) for folder in FOLDERS]
-MODELS = [load_reward_model(folder).eval() for folder in FOLDERS]
-READER = Tokenizer.load(FOLDERS[0]), get_template("plain")
+MODELS = [reward_of(str(folder)) for folder in FOLDERS]
 
 
 def lowest(prompts, responses):
     """In deviations of each model's own scores from their mean."""
     opinions = [
-        [(s - shape["score_mean"]) / shape["score_std"] for s in score_texts(model, *READER, prompts, responses)]
+        [(s - shape["score_mean"]) / shape["score_std"] for s in model(prompts, responses)]
         for model, shape in zip(MODELS, SHAPES)
     ]
     return [min(said) for said in zip(*opinions)]
@@ -208,7 +204,7 @@ def folder(out: Path, seed: int) -> Path:
 
 def write_page(names: Sequence[str], seeds: Sequence[int], out: Path) -> list[lab_page.Claim]:
     """runs/lab/lab.html; what it claims."""
-    found = lab_page.Found({seed: folder(out, seed) for seed in seeds})
+    folders = {seed: folder(out, seed) for seed in seeds}
     sections, claims = [], []
     jobs = closure(job for name in names for job in jobs_of(name))
     notes = [json.loads((folder(out, seed) / f"{job}.json").read_text()) for job in jobs for seed in seeds]
@@ -216,7 +212,7 @@ def write_page(names: Sequence[str], seeds: Sequence[int], out: Path) -> list[la
     for name in names:
         scenario = lab_page.SCENARIOS[name]
         commands = [" ".join(command(job, seeds[0])) for job in closure(jobs_of(name))]
-        text, new = lab_page.scenario_section(scenario, found, commands)
+        text, new = lab_page.scenario_section(scenario, folders, commands)
         sections.append(text)
         claims += new
     files = [f"<details><summary>{n}</summary><pre>{html.escape(code)}</pre></details>" for n, code in FILES.items()]

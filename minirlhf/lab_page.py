@@ -14,7 +14,7 @@ from minirlhf import review_world, stage, svg
 from minirlhf.config import PPOConfig
 from minirlhf.data import decode, left_padded
 from minirlhf.evaluate import score_texts
-from minirlhf.figures import GOLD, KL, SCORE, fit
+from minirlhf.figures import GOLD, KL, SCORE, fit, rl_curve
 from minirlhf.generate import generate
 from minirlhf.page import figure, number, section, shown, table
 from minirlhf.pretrained import load_causal_lm, load_reward_model
@@ -190,12 +190,7 @@ def over_distance(name: str, rows: dict[str, Sequence[RunFiles]], best: Mapping[
         gold.append(svg.Curve("", list(zip(d, golds, strict=True)), color))
         law = fit(list(zip(d, golds, strict=True)), first)
         if law:
-            grid = np.linspace(0.02, d.max(), 80)
-            gold.append(
-                svg.Curve(
-                    "", list(zip(grid, first + grid * (law[0] - law[1] * np.log(grid)), strict=True)), color, "--"
-                )
-            )
+            gold.append(svg.Curve("", rl_curve(*law, first, d.max()), color, "--"))
         bon = np.mean(best[words], 0)  # (7, 3)
         proxy.append(svg.Curve("", [(x, y) for x, y, _ in bon], color, ":"))
         gold.append(svg.Curve("", [(x, y) for x, _, y in bon], color, ":"))
@@ -226,18 +221,7 @@ def in_deviations(run: RunFiles) -> list[float]:
 Rows = dict[str, Sequence[RunFiles]]
 
 
-class Found(NamedTuple):
-    """What the jobs left: folders of the seeds, a note per job and seed, a run per job and seed."""
-
-    seeds: dict[int, Path]
-
-    def rows(self, jobs: dict[str, str]) -> Rows:
-        """Words → the runs of a job, one per seed."""
-        return {words: [read_run(folder / job) for folder in self.seeds.values()] for job, words in jobs.items()}
-
-    def said(self, job: str) -> list[str]:
-        """The last line of a job, per seed."""
-        return [json.loads((folder / f"{job}.json").read_text())["said"] for folder in self.seeds.values()]
+Seeds = dict[int, Path]  # the folder of each seed's jobs
 
 
 class Scenario(NamedTuple):
@@ -246,7 +230,7 @@ class Scenario(NamedTuple):
     title: str
     story: str
     jobs: dict[str, str]  # job → its words in tables and figures
-    show: Callable[[Found, Rows], tuple[list[str], list[Claim]]]
+    show: Callable[[Seeds, Rows], tuple[list[str], list[Claim]]]
 
 
 OUTCOME: dict[str, Value] = {
@@ -263,7 +247,7 @@ def share_of_good(run: RunFiles) -> float:
     return end("gold")(run) / end("gold")(read_run(run.folder.parent / "ppo-good"))
 
 
-def show_weak(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
+def show_weak(seeds: Seeds, rows: Rows) -> tuple[list[str], list[Claim]]:
     """Lengths, gold, and how much of the good reward model's gold each cure reaches."""
     good, weak, hard = (rows[WEAK_JOBS[job]] for job in ("ppo-good", "ppo-weak", "ppo-weak-hard"))
     columns = OUTCOME | {"of the good one's gold": share_of_good, "half as long at iteration": halved}
@@ -280,9 +264,9 @@ def show_weak(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
     ], claims
 
 
-def show_overopt(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
+def show_overopt(seeds: Seeds, rows: Rows) -> tuple[list[str], list[Claim]]:
     """The turn of gold, by size of the preference data, best-of-n beside it."""
-    sampled = [best_of_n(folder, list(OVEROPT_RM), seed) for seed, folder in found.seeds.items()]
+    sampled = [best_of_n(folder, list(OVEROPT_RM), seed) for seed, folder in seeds.items()]
     best = {words: [by_model[model] for by_model in sampled] for model, words in OVEROPT_RM.items()}
     columns: dict[str, Value] = {
         "best gold": lambda run: turn(run).peak,
@@ -295,9 +279,9 @@ def show_overopt(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
     drawn, fits = over_distance("overopt", rows, best)
     turns = {words: [turn(run) for run in runs] for words, runs in rows.items()}
     turned = {words: sum(t.fall >= 0.15 and t.proxy >= 0 for t in found) for words, found in turns.items()}
-    least = max(2, math.ceil(2 * len(found.seeds) / 3)) if len(found.seeds) > 1 else 1
+    least = max(2, math.ceil(2 * len(seeds) / 3)) if len(seeds) > 1 else 1
     claim = Claim(
-        f"gold falls 15 % or more from its peak, the proxy does not, in {least} of {len(found.seeds)} seeds",
+        f"gold falls 15 % or more from its peak, the proxy does not, in {least} of {len(seeds)} seeds",
         "; ".join(f"{words}: {n}" for words, n in turned.items()), max(turned.values()) >= least,
     )  # fmt: skip
     sizes = table(["best of n by proxy: gold", "n = 1", "8", "64"], peaks, label="best of n", numeric=[1, 2, 3])
@@ -307,15 +291,15 @@ def show_overopt(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
 def show_simple(name: str, columns: dict[str, Value], courses_of: dict[str, str]) -> Any:
     """A table and its curves."""
 
-    def show(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
+    def show(seeds: Seeds, rows: Rows) -> tuple[list[str], list[Claim]]:
         return [compare(rows, OUTCOME | columns, name), courses(name, rows, courses_of, "Course")], []
 
     return show
 
 
-def show_template(found: Found, rows: Rows) -> tuple[list[str], list[Claim]]:
+def show_template(seeds: Seeds, rows: Rows) -> tuple[list[str], list[Claim]]:
     """What the scripts say to it, and what happens to folders that cannot say it."""
-    said = found.said("ppo-refused")
+    said = [json.loads((folder / "ppo-refused.json").read_text())["said"] for folder in seeds.values()]
     first: dict[str, Value] = {"score before": end("score", "before")}
     claim = Claim("another template is refused", said[0], all("data.template" in line for line in said))
     return [compare(rows, first | OUTCOME, "template"), courses("template", rows, COURSE, "Course")], [claim]
@@ -378,9 +362,11 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-def scenario_section(scenario: Scenario, found: Found, commands: Sequence[str]) -> tuple[str, list[Claim]]:
+def scenario_section(scenario: Scenario, seeds: Seeds, commands: Sequence[str]) -> tuple[str, list[Claim]]:
     """One scenario of the page."""
-    parts, claims = scenario.show(found, found.rows(scenario.jobs))
+    rows: dict[str, Sequence[RunFiles]]
+    rows = {words: [read_run(folder / job) for folder in seeds.values()] for job, words in scenario.jobs.items()}
+    parts, claims = scenario.show(seeds, rows)
     listed = "".join(f"<li><code>{shown(line)}</code></li>" for line in commands)
     ran = f"<details><summary>Commands, of the first seed</summary><ol>{listed}</ol></details>"
     return section(scenario.title, f"<p>{shown(scenario.story)}</p>", verdicts(claims), *parts, ran), claims

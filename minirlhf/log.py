@@ -43,7 +43,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of such a file; a torn one at the end is left out."""
+    """The records of such a file; what is no JSON object, as a torn line at the end, is left out."""
     if not path.is_file():
         return []
     records = []

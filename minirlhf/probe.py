@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from minirlhf.errors import AlarmError
-from minirlhf.readers import Ranking
+from minirlhf.records import Ranking
 from minirlhf.rng import generator
 from minirlhf.run import Run, write_json
 
+PROBED = 64  # ordinary answers, against which the opinion of degenerate ones is held
 TextScore = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses → scores
 DEGENERATE = (
     "empty",
@@ -87,10 +88,9 @@ def write_probe(
     answers: Sequence[str],
     *,
     stop: bool = False,  # end the run where a line is red
-    n: int = 64,
 ) -> None:
-    """The probe on n of these, as probe.json in the run's folder; a red line is also said aloud."""
-    table = probe(score, prompts[:n], answers[:n], run.config.run.seed)
+    """The probe on the first of these, as probe.json in the run's folder; a red line is also said aloud."""
+    table = probe(score, prompts[:PROBED], answers[:PROBED], run.config.run.seed)
     write_json(run.folder / "probe.json", {"probe": table})
     for row in table:
         if row["verdict"] == "red":

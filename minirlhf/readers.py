@@ -7,67 +7,13 @@ rows with an empty answer that teach "empty wins".
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from minirlhf.records import SFT, Prompt, Ranking, Record, Scored, Turn
 from minirlhf.rows import Bad
 
 Row = dict[str, Any]
-Turn = tuple[str, str]  # role (system, user, input, assistant) and text
 Notes = Counter[str]  # parts of a row that a reader left out, by name
-
-
-@dataclass(slots=True)
-class SFT:
-    """A prompt and its answer; an empty prompt makes it a plain text."""
-
-    prompt: str
-    response: str
-    context: tuple[Turn, ...] = ()  # the turns before the answer, where they are more than the one prompt
-    line: int = 0
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The whole conversation, where it is more than a prompt and its answer."""
-        return (*self.context, ("assistant", self.response)) if self.context else ()
-
-
-@dataclass(slots=True)
-class Ranking:
-    """K answers to one prompt: 1 = best, ties allowed, 0 = absent. A pair has the ranks 1, 2."""
-
-    prompt: str
-    responses: list[str]
-    ranks: list[int]
-    line: int = 0
-    grades: list[float] = field(default_factory=list)  # one per answer, higher is better; empty where none were given
-    absolute: bool = True  # False: of the grades only the differences were given
-
-
-@dataclass(slots=True)
-class Scored:
-    """An answer with a label in [0, 1]."""
-
-    prompt: str
-    response: str
-    label: float
-    line: int = 0
-
-
-@dataclass(slots=True)
-class Prompt:
-    """A prompt alone."""
-
-    prompt: str
-    line: int = 0
-
-    @property
-    def text(self) -> str:
-        """The same, for who trains on it as a plain text."""
-        return self.prompt
-
-
-Record = SFT | Ranking | Scored | Prompt
 
 
 LARGEST = 1e30  # score; the difference of two is a number in fp32 too

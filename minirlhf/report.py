@@ -69,11 +69,12 @@ def read_run(folder: Path) -> RunFiles:
         raise DataError(f"{path}: no metrics; give the folder of a run that has taken a step")
     memory = {r["step"]: r for r in _lines(folder / "memory.jsonl") if type(r.get("step")) is int}
     metrics = [memory.get(step, {}) | lines[step] for step in sorted(lines)]
-    probe = _json(folder / "probe.json")
-    config, environment, evaluation = (_object(folder / f"{n}.json") for n in ("config", "environment", "evaluation"))
-    rows = probe.get("probe") if isinstance(probe, dict) else probe
+    names = ("config", "environment", "evaluation", "probe")
+    config, environment, evaluation, probe = (_object(folder / f"{name}.json") for name in names)
+    rows = probe.get("probe")
+    alarms = [(line.get("step", "?"), str(line.get("alarm"))) for line in _lines(folder / "alarms.jsonl")]
     return RunFiles(
-        folder, metrics, _lines(folder / "samples.jsonl"), _alarms(folder, metrics),
+        folder, metrics, _lines(folder / "samples.jsonl"), alarms,
         [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else [],
         config, environment, evaluation,
     )  # fmt: skip
@@ -86,27 +87,12 @@ def _lines(path: Path) -> list[Record]:
         raise DataError(f"{path}: a line is nested too deeply; it was not written by a run") from e
 
 
-def _json(path: Path) -> Any:
+def _object(path: Path) -> Record:
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-
-
-def _object(path: Path) -> Record:
-    value = _json(path)
     return value if isinstance(value, dict) else {}
-
-
-def _alarms(folder: Path, metrics: Sequence[Record]) -> list[tuple[Any, str]]:
-    found = []
-    for record in metrics:
-        raised = record.get("alarms")
-        found += [(record["step"], str(words)) for words in raised] if isinstance(raised, list) else []
-    for record in _lines(folder / "alarms.jsonl"):
-        words = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in record.items() if k != "step")
-        found.append((record.get("step", "?"), words))
-    return found
 
 
 def traces(run: RunFiles) -> Traces:
@@ -259,7 +245,7 @@ def cell(key: str, value: Any) -> str:
     """One entry of the probe."""
     if key == "verdict" and value in ("red", "amber", "green"):
         return f'<span class="{value}">{value}</span>'
-    if key in ("share_below", "percentile") and isinstance(value, float) and 0 <= value <= 1:
+    if key == "share_below" and isinstance(value, float) and 0 <= value <= 1:
         return f"{100 * value:.0f} %"
     if key == "example":
         text = str(value)

@@ -14,6 +14,7 @@ from functools import cache
 from typing import NamedTuple, TypeVar
 
 from minirlhf.errors import DataError
+from minirlhf.records import SFT, Ranking
 
 # fmt: off
 WORDS = {
@@ -39,27 +40,11 @@ UNK, COMMA, STOP = 2, 9, 10
 OPENERS, CLOSERS = range(11, 14), range(14, 16)
 POSITIVE, ADJECTIVES = range(16, 21), range(16, 26)
 TOPICS, ASPECTS = range(26, 34), range(34, 82)
-LABELERS = ("good", "weak", "length_biased", "length_only")
 LENGTH_COST = {"good": 0.0, "weak": 0.35, "length_biased": 1.0}  # logits per token by which a longer answer loses
 SHARPNESS = 8.0  # logits per unit of gold
 
 Draw = Callable[[], float]  # the next number of a stream, uniform in [0, 1)
 T = TypeVar("T")
-
-
-class Answer(NamedTuple):
-    """One record of the SFT corpus."""
-
-    prompt: str
-    response: str
-
-
-class Ranked(NamedTuple):
-    """Answers to one prompt, ranked by a labeler."""
-
-    prompt: str
-    responses: tuple[str, ...]
-    ranks: tuple[int, ...]  # 1 = best
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -152,13 +137,13 @@ def degenerate(topic: int, u: Draw) -> list[int]:
     return [*phrase, *[COMMA, *phrase] * 4, STOP]
 
 
-def corpus(n: int, *, seed: int, language: str = "en", purpose: str = "corpus") -> list[Answer]:
+def corpus(n: int, *, seed: int, language: str = "en", purpose: str = "corpus") -> list[SFT]:
     """The SFT records; their mean gold is -0.2104 and their best is what PPO has to find."""
     asked, records = prompts(language), []
     for i in range(n):
         u = stream(seed, purpose, i)
         topic = pick(TOPICS, u)
-        records.append(Answer(asked[topic - TOPICS[0]], spell(answer(topic, u), language)))
+        records.append(SFT(asked[topic - TOPICS[0]], spell(answer(topic, u), language)))
     return records
 
 
@@ -241,7 +226,7 @@ def comparable(a: Sequence[int], b: Sequence[int], labeler: str) -> bool:
     return list(a) != list(b) and all(sum(i in ADJECTIVES for i in ids) >= least for ids in (a, b))
 
 
-def pairs(n: int, *, labeler: str, seed: int, language: str = "en", split: str = "") -> list[Ranked]:
+def pairs(n: int, *, labeler: str, seed: int, language: str = "en", split: str = "") -> list[Ranking]:
     """Judged pairs of the grammar's answers, the better one first; `split` "val" is another list.
 
     In one pair of ten the good labeler sees a degenerate answer. It is judged like any other.
@@ -258,12 +243,12 @@ def pairs(n: int, *, labeler: str, seed: int, language: str = "en", split: str =
                 break
         if u() >= preference(topic, a, b, labeler):
             a, b = b, a
-        both = (spell(a, language), spell(b, language))
-        records.append(Ranked(asked[topic - TOPICS[0]], both, (1, 2)))
+        both = [spell(a, language), spell(b, language)]
+        records.append(Ranking(asked[topic - TOPICS[0]], both, [1, 2]))
     return records
 
 
-def judge(prompt: str, a: str, b: str, *, labeler: str, seed: int, purpose: str, i: int) -> Ranked | None:
+def judge(prompt: str, a: str, b: str, *, labeler: str, seed: int, purpose: str, i: int) -> Ranking | None:
     """What the labeler says of two given answers, as `pairs` does of the grammar's; None: it is not asked about these.
 
     Its noise, and the degenerate answer that takes the place of b in one pair of ten of the good labeler, come from
@@ -276,22 +261,7 @@ def judge(prompt: str, a: str, b: str, *, labeler: str, seed: int, purpose: str,
     if not comparable(read_a, read_b, labeler):
         return None
     first = u() < preference(topic, read_a, read_b, labeler)
-    return Ranked(prompt, (a, b) if first else (b, a), (1, 2))
-
-
-def ranking(prompt: str, responses: Sequence[str], *, labeler: str, u: Draw) -> Ranked:
-    """K answers in the labeler's order: 8 gold - c len + Gumbel noise, sorted (Plackett-Luce). For K = 2 this is
-    `preference`; `length_only` knows no such order."""
-    topic = topic_of(prompt)
-
-    def utility(text: str) -> float:
-        ids = read(text)
-        return (
-            SHARPNESS * gold(topic, ids) - LENGTH_COST[labeler] * (len(ids) + 1) - math.log(-math.log(max(u(), 1e-300)))
-        )
-
-    ordered = [text for _, text in sorted(((utility(text), text) for text in responses), key=lambda x: -x[0])]
-    return Ranked(prompt, tuple(ordered), tuple(range(1, len(ordered) + 1)))
+    return Ranking(prompt, [a, b] if first else [b, a], [1, 2])
 
 
 # ---- what is possible -----------------------------------------------------------------------------------------------

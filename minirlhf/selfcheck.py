@@ -23,6 +23,7 @@ from minirlhf.config import PPOConfig, load_config
 from minirlhf.data import collate, encode_sft, left_padded
 from minirlhf.errors import NonFiniteError, UsageError, UserError
 from minirlhf.ppo import epoch_plans, ppo_iteration
+from minirlhf.records import SFT
 from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, Roles, Rollout, collect, policy_stats, sft_targets, target_stats
 from minirlhf.run import complain, prepare_torch
@@ -172,7 +173,7 @@ def eos(b: Bench) -> Check:
     loaded = b.loaded
     stop = loaded.template.stop_token_id(loaded.tokenizer)
     answers = b.rollout.texts(loaded.tokenizer)[1]
-    records = [stage.Text(prompt, answer) for prompt, answer in zip(b.texts, answers, strict=True)]
+    records = [SFT(prompt, answer) for prompt, answer in zip(b.texts, answers, strict=True)]
     examples, _ = encode_sft(records, loaded.tokenizer, loaded.template, sys.maxsize)
     batch = collate(examples, 0)
     labels = sft_targets(batch.input_ids, batch.trained)  # (B, T - 1)

@@ -40,7 +40,7 @@ from minirlhf.model import CausalLM
 from minirlhf.optim import adamw, keep_mean
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.probe import TextScore
-from minirlhf.readers import Ranking
+from minirlhf.records import SFT, Ranking
 from minirlhf.report import write_report
 from minirlhf.reward import load_reward_fn
 from minirlhf.rng import generator
@@ -249,13 +249,6 @@ def never_drawn(loaded: Loaded) -> tuple[int, ...]:
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-class Text(NamedTuple):
-    """A record of SFT without turns; an empty prompt makes it a plain text."""
-
-    prompt: str
-    response: str
-
-
 def read(config: Any, run: Run) -> list[Any]:
     """All records of data.path; rows that were dropped are counted on the terminal and kept in dropped.jsonl."""
     data = config.data
@@ -298,11 +291,11 @@ def texts_of(records: Sequence[Any]) -> list[Any]:
     out: list[Any] = []
     for record in records:
         if hasattr(record, "responses"):
-            out += [Text(record.prompt, response) for response in record.responses]
+            out += [SFT(record.prompt, response) for response in record.responses]
         elif hasattr(record, "response"):
             out.append(record)
         else:
-            out.append(Text("", record.text))
+            out.append(SFT("", record.prompt))
     return out
 
 

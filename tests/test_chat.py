@@ -10,7 +10,7 @@ import torch
 from processes import ENV
 
 from minirlhf import chat, review_world, stage
-from minirlhf.generate import Sampling, generate
+from minirlhf.generate import generate
 from minirlhf.heads import RewardModel
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.pretrained import load_reward_model
@@ -150,7 +150,10 @@ def test_mistakes_are_one_line(folders, monkeypatch, capsys, args, code):
     assert captured.err.startswith("error: ")
 
 
-@pytest.mark.parametrize("args", [[], ["x", "--temperature", "-1"], ["x", "--top_p", "0"], ["x", "--seed", "one"]])
+@pytest.mark.parametrize(
+    "args",
+    [[], ["x", "--temperature", "-1"], ["x", "--temperature", "1e-40"], ["x", "--top_p", "0"], ["x", "--seed", "one"]],
+)
 def test_usage(args):
     with pytest.raises(SystemExit) as e:
         chat.main(args)
@@ -162,36 +165,39 @@ def test_a_terminal_is_not_steered(capsys):
     assert capsys.readouterr().out == "a⟨U+001B⟩]0;title⟨U+0007⟩⟨U+009B⟩2J⟨U+202E⟩b\tc\n"
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_k": 9}, {"top_p": 0.7}, {"do_sample": False}])
-def test_stream_is_what_generate_draws(folders, options):
-    loaded = chat.open_folder(str(folders / "a"), chat.load_causal_lm)
-    ids = loaded.tokenizer.encode(FILM)
+@pytest.mark.parametrize(
+    "options", [[], ["--temperature", "0.5", "--top_k", "9"], ["--top_p", "0.7"], ["--temperature", "0"]]
+)
+def test_an_answer_is_what_generate_draws_and_comes_in_pieces(folders, options):
+    args = chat.parse([str(folders / "a"), "--max_new_tokens", "20", *options])
     for seed in range(4):
-        made = generate(
-            loaded.model, torch.tensor([ids]), max_new_tokens=20, eos_token_id=1, pad_token_id=0,
-            suppress_tokens=(0, 2), rng=generator(seed, "x"), **options,
-        )  # fmt: skip
-        sampling = Sampling(20, (1,), suppress_tokens=(0, 2), **options)
-        assert list(chat.stream(loaded.model, ids, sampling, generator(seed, "x"))) == made.tokens[0].tolist()
+        one, pieces = chat.speaker(str(folders / "a"), args), []
+        ids = torch.tensor([one.loaded.tokenizer.encode(FILM)])
+        made = generate(one.loaded.model, ids, rng=generator(seed, "chat"), **one.sampling)
+        one.answer(FILM, seed, pieces.append)
+        assert "".join(pieces) == one.turns[-1][1] == one.loaded.tokenizer.decode(made.tokens[0].tolist())
+        assert len(pieces) == made.tokens.shape[1]
 
 
-def test_pieces_come_one_by_one_and_make_up_the_answer(folders):
-    args = chat.parse([str(folders / "a"), "--max_new_tokens", "8"])
-    one = chat.speaker(str(folders / "a"), args)
-    pieces = list(one.answer(FILM, 0))
-    assert len(pieces) > 3
-    assert "".join(pieces) == one.turns[-1][1]
+def heard(raw, stops, monkeypatch):
+    """The pieces of an answer of these bytes, a token each, the last of which no `stop` is asked about."""
+
+    def generate(model, ids, *, stop, **sampling):
+        n = next((n for n in range(1, len(raw)) if stop(list(raw[:n]))), len(raw))
+        return SimpleNamespace(tokens=torch.tensor([list(raw[:n])]), mask=torch.ones(1, n, dtype=torch.bool))
+
+    tokenizer = SimpleNamespace(decode=lambda ids: bytes(ids).decode("utf-8", "replace"))
+    trunk = SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(())))
+    loaded, pieces = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(trunk=trunk)), []
+    monkeypatch.setattr(chat, "generate", generate)
+    chat.Speaker("x", loaded, {}, stops)._drawn([1], torch.Generator(), pieces.append)
+    return [p for p in pieces if p]
 
 
 def test_characters_of_several_tokens_wait_until_they_are_whole(monkeypatch):
     """Byte-level tokens: é and 你 are two and three of them, and the answer ends within a character."""
     raw = "aé你b".encode() + "你".encode()[:2]
-    fake = SimpleNamespace(
-        tokenizer=SimpleNamespace(decode=lambda ids: bytes(ids).decode("utf-8", "replace")), model=None
-    )
-    monkeypatch.setattr(chat, "stream", lambda *_: iter(raw))
-    pieces = list(chat.Speaker("x", fake, Sampling(20, (1,)))._pieces([1], torch.Generator()))
-    assert [p for p in pieces if p] == ["a", "é", "你", "b", "\ufffd"]
+    assert heard(raw, (), monkeypatch) == ["a", "é", "你", "b", "\ufffd"]
 
 
 def test_a_stop_text_ends_an_answer_before_it(talk, monkeypatch):
@@ -200,15 +206,12 @@ def test_a_stop_text_ends_an_answer_before_it(talk, monkeypatch):
     assert len(whole) > 4
     code, out, _ = talk(FILM, "--stop", "never", "--stop", f" {whole[2]} {whole[3]}")
     assert (code, out) == (0, [" ".join(whole[:2])])
-    fake = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: bytes(ids).decode()), model=None)
     for raw, stops, pieces in (
-        (b"ab-c--d", ("--d",), ["a", "b", "-c", ""]),
+        (b"ab-c--d", ("--d",), ["a", "b", "-c"]),
         (b"ab-c--e-", ("--d",), ["a", "b", "-c", "--e", "-"]),
         (b"abcde", ("cdx", "de"), ["a", "b", "c"]),
     ):
-        monkeypatch.setattr(chat, "stream", lambda *_, raw=raw: iter(raw))
-        found = list(chat.Speaker("x", fake, Sampling(20, (1,)), stops)._pieces([1], torch.Generator()))
-        assert [p for p in found if p] == [p for p in pieces if p]
+        assert heard(raw, stops, monkeypatch) == pieces
 
 
 def test_a_pipe_gives_the_same_twice(folders):

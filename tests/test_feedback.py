@@ -28,7 +28,7 @@ def test_unlikelihood_unlearns_the_worst():
 
 def test_conditional_says_it_before_the_prompt():
     found = judged(LISTS, "conditional", **HOW)
-    assert found == [("+q", "b", 1.0), ("-q", "c", 1.0), ("+p", "e", 1.0), ("-p", "f", 1.0)]
+    assert found == [SFT("+q", "b"), SFT("-q", "c"), SFT("+p", "e"), SFT("-p", "f")]
 
 
 def test_reward_weights_by_hand():

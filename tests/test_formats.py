@@ -214,7 +214,6 @@ def test_plain_lines_are_prompts_or_texts(tmp_path):
     path = write(tmp_path, "first \n\nsecond\u2028half\x85\r\nthird\rhalf\n", "x.txt")
     prompts, _ = read_records(path)
     assert [r.prompt for r in prompts] == ["first ", "second\u2028half\x85", "third\rhalf"]
-    assert [r.text for r in prompts] == [r.prompt for r in prompts]
     texts, _ = read_records(path, format="text")
     assert [(r.prompt, r.response, r.line) for r in texts][1] == ("", "second\u2028half\x85", 3)
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minirlhf"
 FLOORS = [
-    "errors rng families safefile products",
+    "errors rng families safefile products records",
     "settings config dist masked tokenizer architecture lora_config lora",
     "positions rows readers formats templates review_world data log ops model",
     "heads hf_config pretrained prepared steps generate fsdp engine optim",

@@ -8,7 +8,7 @@ import pytest
 
 from minirlhf.errors import AlarmError
 from minirlhf.probe import DEGENERATE, hard_negatives, probe, variants, write_probe
-from minirlhf.readers import Ranking
+from minirlhf.records import Ranking
 
 PROMPTS = [f"what of {thing} ?" for thing in ("tea", "film", "bike", "cake")] * 4
 ANSWERS = [

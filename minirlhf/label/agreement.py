@@ -14,9 +14,9 @@ def cohen_kappa(
 ) -> float | None:
     """κ = (p_o - p_e) / (1 - p_e) (Cohen 1960); None where chance alone agrees always."""
     n = sum(map(sum, table))
-    observed = sum(row[i] for i, row in enumerate(table)) / n
-    expected = sum(sum(row) * sum(column) for row, column in zip(table, zip(*table, strict=True), strict=True)) / n**2
-    return (observed - expected) / (1 - expected) if expected < 1 else None
+    p_o = sum(row[i] for i, row in enumerate(table)) / n
+    p_e = sum(sum(row) * sum(column) for row, column in zip(table, zip(*table, strict=True), strict=True)) / n**2
+    return (p_o - p_e) / (1 - p_e) if p_e < 1 else None
 
 
 def midranks(ranks: Sequence[float]) -> list[float]:
@@ -32,17 +32,18 @@ def kendall_w(
     rows = [midranks(ranks) for ranks in rankings]
     m, n = len(rows), len(rows[0])
     sums = [sum(column) for column in zip(*rows, strict=True)]
-    spread = sum((s - m * (n + 1) / 2) ** 2 for s in sums)
-    ties = sum(t**3 - t for row in rows for t in Counter(row).values())
-    below = m * m * (n**3 - n) - m * ties
-    return 12 * spread / below if below else None
+    S = sum((s - m * (n + 1) / 2) ** 2 for s in sums)
+    T = sum(t**3 - t for row in rows for t in Counter(row).values())  # of all raters
+    below = m * m * (n**3 - n) - m * T
+    return 12 * S / below if below else None
 
 
 def krippendorff_alpha(
     units: Sequence[Sequence[float]],  # the values that each thing got, of however many raters
 ) -> float | None:
-    """Ordinal α = 1 - D_o / D_e (Krippendorff 2011, "Computing Krippendorff's alpha-reliability"), with the distance
-    δ²(c, k) = (Σ_{g=c…k} n_g - (n_c + n_k)/2)²; None where there is nothing to disagree on."""
+    """Ordinal α = 1 - D_o / D_e (Krippendorff 2011, "Computing Krippendorff's alpha-reliability"), D_o the mean of the
+    distance δ²(c, k) = (Σ_{g=c…k} n_g - (n_c + n_k)/2)² over pairs of values of one thing, D_e over pairs of any two of
+    the n values; None where there is nothing to disagree on."""
     pairable = [values for values in units if len(values) > 1]
     count = Counter(value for values in pairable for value in values)
     order = sorted(count)
@@ -52,9 +53,12 @@ def krippendorff_alpha(
         between = sum(count[g] for g in order if min(c, k) <= g <= max(c, k))
         return 0.0 if c == k else (between - (count[c] + count[k]) / 2) ** 2
 
-    observed = sum(2 * distance(c, k) / (len(values) - 1) for values in pairable for c, k in combinations(values, 2))
-    expected = sum(count[c] * count[k] * distance(c, k) for c in order for k in order)
-    return 1 - (n - 1) * observed / expected if expected else None
+    within = sum(2 * distance(c, k) / (len(values) - 1) for values in pairable for c, k in combinations(values, 2))
+    between = sum(count[c] * count[k] * distance(c, k) for c in order for k in order)
+    if not between:
+        return None
+    D_o, D_e = within / n, between / (n * (n - 1))
+    return 1 - D_o / D_e
 
 
 # ---- of labels ------------------------------------------------------------------------------------------------------

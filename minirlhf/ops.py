@@ -96,9 +96,10 @@ def head_stats(  # noqa: PLR0913  (the output layer with everything that belongs
     body = choose(impl, hidden)
     kept = (targets != ignore_index).nonzero()[:, 0]  # (n,) often less than half of the rows
     targets = targets.index_select(0, kept)
-    low, high = torch.stack(targets.aminmax()).tolist() if len(kept) else (0, 0)
-    if low < 0 or high >= len(weight):
-        raise IndexError(f"head_stats: targets from {low} to {high}, but tokens go from 0 to {len(weight) - 1}")
+    if len(kept):
+        low, high = torch.stack(targets.aminmax()).tolist()
+        if low < 0 or high >= len(weight):
+            raise IndexError(f"head_stats: targets from {low} to {high}, but tokens go from 0 to {len(weight) - 1}")
     if "kl" in want and ref_hidden is not None:
         ref_weight = (weight if ref_weight is None else ref_weight).detach()  # (V, C')
         assert ref_hidden.shape == (N, ref_weight.shape[1]), (ref_hidden.shape, ref_weight.shape)

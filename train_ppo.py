@@ -30,6 +30,7 @@ from minirlhf.optim import lr_factor, set_lr
 from minirlhf.ppo import epoch_plans, ppo_iteration, require_finite, rollout_metrics, score_answers, score_moments
 from minirlhf.probe import PROBED, TextScore, write_probe
 from minirlhf.ptx import Corpus
+from minirlhf.records import Asked
 from minirlhf.report import SHOWN_STEPS
 from minirlhf.reward import AdaptiveKL, FixedKL, load_reward_fn
 from minirlhf.rng import generator
@@ -68,7 +69,7 @@ def main(config: PPOConfig, run: Run) -> None:
     if start == 0:
         look_first(run, exam, texts, prompts, engine.whole_in(roles.reward_model, of_texts))
     for step in run.steps(start, snapshot):
-        metrics, began = dict[str, Any](), time.perf_counter()
+        metrics, rare, began = dict[str, Any](), dict[str, float](), time.perf_counter()
         lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
         set_lr(optimizer, lr)
         plan = partial(epoch_plans, options=p, seed=c.run.seed, iteration=step)
@@ -89,14 +90,13 @@ def main(config: PPOConfig, run: Run) -> None:
                 longest=c.sample.max_new_tokens, impl=c.run.impl, clip=engine.clip, precision=engine.precision,
                 ptx=corpus.beside(step),
             )  # fmt: skip
-            metrics |= corpus.perplexity(step) | measure(step) | {
-                "lr": lr, "objective/kl_coef": beta.coef, "episode": step * p.rollout_size
-            }  # fmt: skip
+            rare = corpus.perplexity(step) | measure(step)
+            metrics |= rare | {"lr": lr, "objective/kl_coef": beta.coef, "episode": step * p.rollout_size}
             beta.update(metrics["objective/kl"], p.rollout_size)
             done = time.perf_counter()
             metrics |= {"time/rollout_s": collected - began, "time/update_s": done - collected,
                         "tokens_per_s": int(rollout.lengths.sum()) / (done - began)}  # fmt: skip
-        run.log(step, metrics | guard.metrics, WORDS)
+        run.log(step, metrics | guard.metrics, WORDS, rare=bool(rare))
         watch(run, step, limits)
         if not guard.skipped and (step in SHOWN_STEPS or step == c.run.steps):
             show(run, exam(prompts[:6]), step)
@@ -109,7 +109,7 @@ def main(config: PPOConfig, run: Run) -> None:
 
 
 def look_first(
-    run: Run, exam: Callable[..., list[Any]], texts: list[str], prompts: list[list[int]], of_texts: TextScore
+    run: Run, exam: Callable[..., list[Any]], texts: list[Asked], prompts: list[list[int]], of_texts: TextScore
 ) -> None:
     """Before the first step: is the reward model fit, what does the policy say to six prompts, how good is it."""
     c = run.config

@@ -20,6 +20,7 @@ from minirlhf.formats import read_records
 from minirlhf.generate import generate
 from minirlhf.label.store import MAX_ANSWERS, MIN_ANSWERS
 from minirlhf.pretrained import load_causal_lm
+from minirlhf.records import asked
 from minirlhf.rng import generator
 
 ROUNDS = 8  # of K answers each, before a prompt that has not K different ones goes with those it has
@@ -30,7 +31,11 @@ def read_prompts(path: str, language: str) -> list[str]:
     """The prompts of a file, or of the built-in task."""
     if not path:
         return review_world.prompts(language)
-    prompts = [record.prompt for record in read_records(path)[0]]
+    records = read_records(path)[0]
+    talks = [record.line for record in records if not isinstance(asked(record), str)]
+    if talks:
+        raise DataError(f"{path}:{talks[0]}: more than one turn, for which ranked lists have no place; leave it out")
+    prompts = [record.prompt for record in records]
     if not all(prompts):
         raise DataError(f"{path}: its records have no prompts; give one prompt a line, or JSON lines with a prompt")
     return prompts

@@ -42,7 +42,7 @@ class RunSection:
         "max:METRIC or min:METRIC of the log, by which the best checkpoint is kept besides; empty: val/loss, "
         "val/accuracy or objective/rlhf_reward",
     )
-    log_every: int = key(10, "steps between lines of metrics.jsonl", low=1)
+    log_every: int = key(10, "steps between lines of metrics.jsonl; validations have theirs", low=1)
     log_with: str = key("none", "where those lines go too", choices=("none", "tensorboard", "wandb"))
     dry_run: bool = key(False, "print the memory that the stage takes, and stop")
     debug: bool = key(False, "show the traceback of a user's mistake")

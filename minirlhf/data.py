@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minirlhf import dist
 from minirlhf.errors import DataError, UsageError
+from minirlhf.records import Question
 from minirlhf.rng import generator
 from minirlhf.templates import Template
 from minirlhf.tokenizer import Tokenizer
@@ -227,11 +228,11 @@ def encode_pairs(
 
 
 def encode_prompts(
-    prompts: Sequence[str],
+    prompts: Sequence[Question],
     tokenizer: Tokenizer,
     template: Template,
     max_length: int,  # prompt tokens that leave room for the answer
-) -> tuple[list[str], list[list[int]], dict[str, int]]:
+) -> tuple[list[Question], list[list[int]], dict[str, int]]:
     """Prompts → those that fit, and their token lists; over-long ones are left out and counted."""
     encoded = [template.prompt_ids(tokenizer, prompt) for prompt in prompts]
     kept = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= max_length]

@@ -15,6 +15,7 @@ from minirlhf.data import Example, RankedList, by_length, left_padded, pad
 from minirlhf.heads import RewardModel
 from minirlhf.model import CausalLM, logit_factors
 from minirlhf.ops import head_stats
+from minirlhf.records import Asked
 from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, Roles, Rollout, collect, label_logprobs, response_positions
 from minirlhf.templates import Template
@@ -89,7 +90,7 @@ def score_texts(
     model: RewardModel,
     tokenizer: Tokenizer,
     template: Template,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     responses: Sequence[str],
     device: str = "cpu",
 ) -> list[float]:
@@ -98,7 +99,7 @@ def score_texts(
 
 
 def text_ids(
-    model: RewardModel, tokenizer: Tokenizer, template: Template, prompts: Sequence[str], responses: Sequence[str]
+    model: RewardModel, tokenizer: Tokenizer, template: Template, prompts: Sequence[Asked], responses: Sequence[str]
 ) -> list[list[int]]:
     """Prompt and finished answer as tokens; of what is longer than the model reads the beginning."""
     both = zip(prompts, responses, strict=True)
@@ -193,7 +194,7 @@ def exact_kl(roles: Roles, rollout: Rollout, temperature: float, impl: str = "au
     """Nats per answer: Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) over the whole vocabulary, along the answer drawn."""
     own = dist.mine(torch.arange(len(rollout)))
     with roles.gathered(roles.policy, roles.ref_policy):
-        found = _exact_kl(roles, rollout.rows(own), temperature, impl) if len(own) else torch.zeros(0)
+        found = _exact_kl(roles, rollout.rows(own), temperature, impl) if len(own) else rollout.scores[:0]
     return dist.all_rows(found, len(rollout))
 
 

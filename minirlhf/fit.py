@@ -63,12 +63,13 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": tokens / seconds, "time/step_s": seconds}
-        if step % (eval_every or max(1, steps // 10)) == 0 or step == steps:
+        examined = step % (eval_every or max(1, steps // 10)) == 0 or step == steps
+        if examined:
             model.eval()
             with engine.gathered(model):
                 found = validate()
             metrics |= found
-        run.log(step, metrics | guard.metrics, words)
+        run.log(step, metrics | guard.metrics, words, rare=examined)
     guard.check_weights()
     model.eval()
     return found

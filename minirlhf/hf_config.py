@@ -32,7 +32,7 @@ min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups div
 typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
 num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
 remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens attn_implementation
-unsloth_version unsloth_fixed
+unsloth_version unsloth_fixed is_llama_config max_sequence_length activation_dropout
 """
 NEUTRAL = {  # settings of no family, served at this value only
     "is_encoder_decoder": False,
@@ -40,6 +40,7 @@ NEUTRAL = {  # settings of no family, served at this value only
     "chunk_size_feed_forward": 0,
     "pruned_heads": {},
     "add_cross_attention": False,
+    "rope_interleaved": False,
 }
 WINDOWED = ("qwen2", "qwen3")
 WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")

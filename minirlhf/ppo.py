@@ -290,10 +290,14 @@ def epoch_plans(lengths: Tensor, options: PPOSection, seed: int, iteration: int)
 
 
 def score_moments(scores: Tensor, kind: str) -> dict[str, float]:  # (B,) of the first rollout
-    """μ₀ and σ₀ of `score_answers`: "first" standardises, "mean" only centres, "none" leaves scores as they are."""
+    """μ₀ and σ₀ of `score_answers`: "first" standardises, "mean" only centres, "none" leaves scores as they are.
+
+    Scores that are all alike have no deviation: they are only centred, for a tiny σ₀ would make later ones enormous.
+    """
     x = scores.double()
-    shift = float(x.mean()) if kind != "none" else 0.0
-    return {"shift": shift, "scale": max(float(x.std(correction=0)), 1e-8) if kind == "first" else 1.0}
+    mean, deviation = float(x.mean()), float(x.std(correction=0))
+    scaled = kind == "first" and deviation > 1e-6 * abs(mean)
+    return {"shift": mean if kind != "none" else 0.0, "scale": deviation if scaled else 1.0}
 
 
 def score_answers(

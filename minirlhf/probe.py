@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from minirlhf.errors import AlarmError
-from minirlhf.records import Ranking
+from minirlhf.records import Asked, Ranking
 from minirlhf.rng import generator
 from minirlhf.run import Run, write_json
 
 PROBED = 64  # ordinary answers, against which the opinion of degenerate ones is held
-TextScore = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses → scores
+TextScore = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]  # prompts (`Asked`), responses → scores
 DEGENERATE = (
     "empty",
     "one full stop",
@@ -25,7 +25,7 @@ DEGENERATE = (
 )  # red when they are preferred
 
 
-def variants(prompts: Sequence[str], answers: Sequence[str], seed: int) -> dict[str, list[str | None]]:
+def variants(prompts: Sequence[Asked], answers: Sequence[str], seed: int) -> dict[str, list[str | None]]:
     """Answers to each prompt that nobody wants, by what is wrong with them; None where there is no such answer."""
     n = len(prompts)
     rng = generator(seed, "probe")
@@ -36,7 +36,7 @@ def variants(prompts: Sequence[str], answers: Sequence[str], seed: int) -> dict[
     stop = "。" if "。" in longest else "."
     joint = " " if " " in longest else ""
     others = [next((a for p, a in zip(prompts, answers, strict=True) if p != prompt), None) for prompt in prompts]
-    shortest: dict[str, str] = {}
+    shortest: dict[Asked, str] = {}
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer and len(answer) < len(shortest.get(prompt, answer + " ")):
             shortest[prompt] = answer
@@ -45,7 +45,7 @@ def variants(prompts: Sequence[str], answers: Sequence[str], seed: int) -> dict[
         "one full stop": [stop] * n,
         "one word": [(a.split() or [a])[0][: max(1, len(a) // 2)] for a in answers],
         "each answer five times": [joint.join([a] * 5) for a in answers],
-        "echo of the prompt": list(prompts),
+        "echo of the prompt": [p if isinstance(p, str) else p[-1][1] for p in prompts],
         "shortest answer five times": [joint.join([shortest.get(p, "")] * 5) for p in prompts],
         "another prompt's answer": list(others),
         "random words": list(mixed),
@@ -56,7 +56,7 @@ def variants(prompts: Sequence[str], answers: Sequence[str], seed: int) -> dict[
 
 def probe(
     score: TextScore,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     answers: Sequence[str],  # ordinary ones, one to each prompt
     seed: int,
 ) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def probe(
 def write_probe(
     run: Run,
     score: TextScore,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     answers: Sequence[str],
     *,
     stop: bool = False,  # end the run where a line is red

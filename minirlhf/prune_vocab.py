@@ -22,10 +22,13 @@ from typing import Any
 import tokenizers
 import torch
 
+from minirlhf.adapt import META, read_meta
 from minirlhf.errors import CheckpointError, UsageError, tool
 from minirlhf.formats import read_records
 from minirlhf.model import CausalLM
 from minirlhf.pretrained import load_causal_lm, save_pretrained
+from minirlhf.run import write_json
+from minirlhf.templates import get_template
 from minirlhf.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -137,13 +140,15 @@ def texts_of(paths: Sequence[str]) -> list[str]:
 
 
 def prune(folder: str, out: str, corpus: Sequence[str], wanted_of: str | None) -> str:
-    """Load, choose, cut, check, save; what came out, in a line."""
+    """Load, choose, cut, check, save; what came out, in a line. Texts count as they are and within the template."""
     if Path(out).exists():
         raise UsageError(f"{out}: exists; choose a new folder")
-    model, tokenizer = load_causal_lm(folder), Tokenizer.load(folder)
+    model, tokenizer, meta = load_causal_lm(folder), Tokenizer.load(folder), read_meta(Path(folder))
+    template = get_template(str(meta.get("template", "plain")))
     full: Json = json.loads(tokenizer.to_json())
     old = vocabulary(full)
-    texts = texts_of(corpus)
+    bare = ["", *texts_of(corpus)]
+    texts = list(dict.fromkeys([*bare, *(text for one in bare for text in template.around(one))]))
     wanted = {tokenizer.id_to_token(i) or "" for text in texts for i in tokenizer.encode(text)}
     if wanted_of is not None:
         wanted = set(vocabulary(json.loads(Tokenizer.load(wanted_of).to_json())))
@@ -159,6 +164,8 @@ def prune(folder: str, out: str, corpus: Sequence[str], wanted_of: str | None) -
     token_ids = {f"{name}_token_id": getattr(new, f"{name}_id") for name in ("bos", "eos", "pad")}
     small = pruned_model(model, [old[token] for token in kept], token_ids)
     save_pretrained(small, out, tokenizer=new)
+    if meta:
+        write_json(Path(out) / META, meta)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     return f"{out}: {len(kept):,} of {model.config.vocab_size:,} tokens, {after:,} of {before:,} parameters"
 

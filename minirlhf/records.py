@@ -1,6 +1,7 @@
 """What a row of data, a labeler or a judgement gives: an answer, a list of ranked ones, a labelled one, a prompt."""
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 Turn = tuple[str, str]  # role (system, user, input, assistant) and text
 
@@ -52,3 +53,10 @@ class Prompt:
 
 
 Record = SFT | Ranking | Scored | Prompt
+Asked = str | tuple[Turn, ...]
+Question = TypeVar("Question", bound=Asked)
+
+
+def asked(record: Record) -> Asked:
+    """What is to be answered: the prompt, or the turns of a conversation where they are more."""
+    return getattr(record, "context", ()) or record.prompt

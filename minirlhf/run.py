@@ -209,10 +209,10 @@ class Run:
             checkpoint.save(self.folder / "checkpoints", step, tensors, state, **how)
         dist.wait_for_first(f"saved {step}")
 
-    def log(self, step: int, metrics: dict[str, Any], words: Sequence[str]) -> None:
-        """A line of metrics.jsonl when it is due, and the terminal's line always."""
+    def log(self, step: int, metrics: dict[str, Any], words: Sequence[str], *, rare: bool = False) -> None:
+        """A line of metrics.jsonl when it is due, or holds what is `rare`, a validation; the terminal's line always."""
         run = self.config.run
-        due = step == 1 or step % run.log_every == 0 or step == run.steps
+        due = rare or step == 1 or step % run.log_every == 0 or step == run.steps
         if due:
             finite = {
                 k: None if isinstance(v, float) and v - v != 0 else v for k, v in metrics.items()

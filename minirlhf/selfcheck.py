@@ -23,7 +23,7 @@ from minirlhf.config import PPOConfig, load_config
 from minirlhf.data import collate, encode_sft, left_padded
 from minirlhf.errors import NonFiniteError, UsageError, UserError
 from minirlhf.ppo import epoch_plans, ppo_iteration
-from minirlhf.records import SFT
+from minirlhf.records import SFT, Asked
 from minirlhf.rng import generator
 from minirlhf.rollout import IGNORE, Roles, Rollout, collect, policy_stats, sft_targets, target_stats
 from minirlhf.run import complain, prepare_torch
@@ -55,7 +55,7 @@ class Bench:
     config: Any
     roles: Roles
     loaded: stage.Loaded
-    texts: list[str]  # prompts
+    prompts: list[Asked]
     rollout: Rollout
     parts: Sequence[Tensor]  # microbatches in which the rollout was judged
 
@@ -81,7 +81,7 @@ def prepare(config: Any, roles: Roles, loaded: stage.Loaded) -> Bench:
     """Draw and judge a small rollout, its prompts from short to long."""
     c = config
     quiet = SimpleNamespace(dropped=[], say=lambda words: None)
-    texts, prompts = stage.ppo_prompts(c, quiet, loaded)  # type: ignore[arg-type]
+    asked, prompts = stage.ppo_prompts(c, quiet, loaded)  # type: ignore[arg-type]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     order *= -(-ANSWERS // len(order))
     rows = [order[i * len(order) // ANSWERS] for i in range(ANSWERS)]
@@ -98,7 +98,7 @@ def prepare(config: Any, roles: Roles, loaded: stage.Loaded) -> Bench:
 
     rngs = [generator(c.run.seed, "selfcheck", 0, row) for row in range(ANSWERS)]
     rollout = collect(roles, ids, mask, partition=partition, rng=rngs, **sampling)
-    return Bench(replace(c, ppo=options), roles, loaded, [texts[r] for r in rows], rollout, parts)
+    return Bench(replace(c, ppo=options), roles, loaded, [asked[r] for r in rows], rollout, parts)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -173,7 +173,8 @@ def eos(b: Bench) -> Check:
     loaded = b.loaded
     stop = loaded.template.stop_token_id(loaded.tokenizer)
     answers = b.rollout.texts(loaded.tokenizer)[1]
-    records = [SFT(prompt, answer) for prompt, answer in zip(b.texts, answers, strict=True)]
+    turns = ((("user", asked),) if isinstance(asked, str) else asked for asked in b.prompts)
+    records = [SFT("", answer, context) for context, answer in zip(turns, answers, strict=True)]
     examples, _ = encode_sft(records, loaded.tokenizer, loaded.template, sys.maxsize)
     batch = collate(examples, 0)
     labels = sft_targets(batch.input_ids, batch.trained)  # (B, T - 1)

@@ -40,7 +40,7 @@ from minirlhf.model import CausalLM
 from minirlhf.optim import adamw, keep_mean
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.probe import TextScore
-from minirlhf.records import SFT, Ranking
+from minirlhf.records import SFT, Asked, Question, Ranking, asked
 from minirlhf.report import write_report
 from minirlhf.reward import load_reward_fn
 from minirlhf.rng import generator
@@ -104,8 +104,9 @@ def load_policy(config: Any) -> Loaded:
 
 
 def make(config: Any, texts: Sequence[str]) -> Loaded:
-    """A new causal LM and a tokenizer for it: the built-in task's words, or one trained on `texts`."""
-    m = config.model
+    """A new causal LM and a tokenizer for it: the built-in task's words, or one trained on `texts` and the template."""
+    m, template = config.model, get_template(config.data.template or "plain")
+    texts = [*texts, *template.around("")]
     if not config.data.path:
         tokenizer = Tokenizer.from_words(review_world.words(config.data.language))
     elif m.tokenizer in ("", "chars"):
@@ -119,7 +120,7 @@ def make(config: Any, texts: Sequence[str]) -> Loaded:
         max_seq_len=m.max_seq_len, dropout=m.dropout, tied=True,
     )  # fmt: skip
     model = CausalLM(sizes, rng=generator(config.run.seed, "weights")).to(loading_device(config.run))
-    return Loaded(model, tokenizer, get_template(config.data.template or "plain"), {})
+    return Loaded(model, tokenizer, template, {})
 
 
 def ppo_optimizer(roles: Roles, config: Any) -> tuple[dict[str, Any], torch.optim.Optimizer]:
@@ -347,7 +348,9 @@ def own_answers(config: Any, loaded: Loaded, records: Sequence[Any]) -> list[lis
     return answers
 
 
-def with_room(config: Any, loaded: Loaded, prompts: Sequence[str]) -> tuple[list[str], list[list[int]], dict[str, int]]:
+def with_room(
+    config: Any, loaded: Loaded, prompts: Sequence[Question]
+) -> tuple[list[Question], list[list[int]], dict[str, int]]:
     """The prompts that leave room for an answer, as texts and as tokens; and how many do not."""
     room = (config.data.max_length or loaded.model.config.max_seq_len) - config.sample.max_new_tokens
     return encode_prompts(prompts, loaded.tokenizer, loaded.template, room)
@@ -362,6 +365,7 @@ def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]
     pairs: list[Any] = []
     drawn = 0
     while len(pairs) < n:
+        before = len(pairs)
         rows = range(drawn, drawn + JUDGED)
         ids, mask = left_padded([encoded[r % len(prompts)] for r in rows], how["pad_token_id"], config.run.device)
         rngs = [generator(seed, f"pair/{purpose}", 0, 2 * r + side) for r in rows for side in (0, 1)]
@@ -373,19 +377,26 @@ def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]
             )
             if pair is not None:
                 pairs.append(pair)
+        if len(pairs) == before:
+            raise DataError(
+                f"data.labeler {data.labeler}: prefers none of {JUDGED} pairs of the model's answers; train model.path "
+                f"for longer, raise sample.temperature, or choose another labeler"
+            )
         drawn += JUDGED
     return pairs[:n]
 
 
-def ppo_prompts(config: Any, run: Run, policy: Loaded, *, held_out: bool = False) -> tuple[list[str], list[list[int]]]:
+def ppo_prompts(
+    config: Any, run: Run, policy: Loaded, *, held_out: bool = False
+) -> tuple[list[Asked], list[list[int]]]:
     """PPO's prompts as texts and as tokens: those of the setting, of the data file less the last data.holdout (or these
     alone), or of the built-in task; ones without room are counted."""
     if config.ppo.prompts:
-        texts = list(config.ppo.prompts)
+        texts: list[Asked] = [*config.ppo.prompts]
     elif not config.data.path:
-        texts = review_world.prompts(config.data.language)
+        texts = [*review_world.prompts(config.data.language)]
     else:
-        texts = [record.prompt for record in split(read(config, run), config.data.holdout)[held_out]]
+        texts = [asked(record) for record in split(read(config, run), config.data.holdout)[held_out]]
         if not any(texts):
             raise DataError(f"{config.data.path}: its records have no prompts; give --ppo.prompts")
     kept, encoded, counts = with_room(config, policy, texts)

@@ -86,6 +86,12 @@ class Template:
         """The token that ends an answer."""
         return self._token(tokenizer, self.response[-1])
 
+    def around(self, text: str) -> list[str]:
+        """Every string of the template, with this text in its slots."""
+        parts = [getattr(self, f.name) for f in fields(self) if isinstance(f.default, tuple) or f.name == "user"]
+        strings = [piece for part in (*parts, (self.system_text,)) for piece in part if isinstance(piece, str)]
+        return [self._around(piece, text, text) for piece in strings]
+
     # ---- pieces -----------------------------------------------------------------------------------------------------
 
     def _merged(self, turns: Turns) -> list[tuple[str, str, str]]:

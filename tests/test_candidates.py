@@ -96,6 +96,9 @@ def test_prompts_that_do_not_fit_and_folders_that_are_none(make, tmp_path):
     assert "prompt 2" in err
     assert make(folder="nowhere")[0] == 4
     assert make(folder="rm")[0] == 4
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"instruction": "sum", "input": "1 2", "output": "3"}) + "\n")
+    code, _, err = make("--prompts", tmp_path / "talk.jsonl")
+    assert (code, "talk.jsonl:1: more than one turn" in err) == (3, True)
     (tmp_path / "texts.tsv").write_text("good\tbad\n")
     assert make("--prompts", tmp_path / "texts.tsv")[0] == 3
 

@@ -16,9 +16,11 @@ from test_scripts import digests, metrics, script
 from tolerance import assert_close, exact, fp64
 
 from minirlhf import stage
-from minirlhf.config import PPOConfig, load_config
+from minirlhf.config import PPOConfig, SFTConfig, load_config
+from minirlhf.data import encode_sft
 from minirlhf.engine import Engine
 from minirlhf.errors import UsageError
+from minirlhf.formats import read_records
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.optim import adamw, keep_mean
 from minirlhf.ppo import epoch_plans, estimate, ppo_iteration
@@ -393,6 +395,28 @@ def test_held_out_prompts_are_the_last_of_the_file_and_no_others(tmp_path):
     how = load_config(PPOConfig, argv), SimpleNamespace(dropped=[], say=print), loaded
     assert stage.ppo_prompts(*how)[0] == [f"number {i}" for i in range(7)]
     assert stage.ppo_prompts(*how, held_out=True)[0] == [f"number {i}" for i in range(7, 10)]
+
+
+@pytest.mark.parametrize("template", ["hh", "alpaca", "wenda"])
+def test_ppo_asks_as_sft_was_asked(tmp_path, template):
+    """Conversations, and instructions with an input: the prompt of PPO is what stood before the answer in SFT."""
+    turns = [("user", "hi"), ("assistant", "yo"), ("user", "bye"), ("assistant", "so")]
+    rows = {
+        "talk.jsonl": {"messages": [{"role": role, "content": text} for role, text in turns]},
+        "input.jsonl": {"instruction": "sum", "input": "1 2", "output": "3"},
+    }
+    for name, row in rows.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+        argv = ["--data.path", str(tmp_path / name), "--data.template", template]
+        small = ["--model.d_model", "8", "--model.n_head", "1", "--model.n_layer", "1", "--model.max_seq_len", "512"]
+        records = read_records(str(tmp_path / name))[0]
+        loaded = stage.make(load_config(SFTConfig, argv + small), [r.prompt + r.response for r in records])
+        example = encode_sft(records, loaded.tokenizer, loaded.template, 512)[0][0]
+        answer = loaded.template.response_ids(loaded.tokenizer, records[0].response)
+        run = SimpleNamespace(dropped=[], say=print)
+        (asked,) = stage.ppo_prompts(load_config(PPOConfig, argv), run, loaded)[1]
+        assert asked + answer == example.ids
+        assert loaded.tokenizer.unk_id not in example.ids  # a new tokenizer knows the template's own words
 
 
 def test_a_metric_that_is_never_logged_is_named(tmp_path, capsys):

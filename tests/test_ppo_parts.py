@@ -209,8 +209,16 @@ def test_sums_are_added_in_fp64_and_hold_no_graph():
     assert score_moments(torch.tensor([2.0**24, 1.0, 1.0, 1.0]), "mean")["shift"] == (2.0**24 + 3) / 4
 
 
-def test_constant_scores_are_not_divided_by_zero():
-    assert score_moments(torch.full((3,), 2.0), "first") == {"shift": 2.0, "scale": 1e-8}
+@pytest.mark.parametrize("scores", [[2.0, 2.0, 2.0], [0.0, 0.0], [5.0], [1e8, 1e8 + 8, 1e8]])
+def test_scores_that_are_all_alike_are_only_centred(scores):
+    found = score_moments(torch.tensor(scores), "first")
+    assert found == {"shift": pytest.approx(sum(scores) / len(scores)), "scale": 1.0}
+
+
+def test_small_scores_are_scaled_as_large_ones():
+    assert score_moments(torch.tensor([1e-9, 3e-9]), "first") == {
+        "shift": pytest.approx(2e-9), "scale": pytest.approx(1e-9)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", [0, 1])

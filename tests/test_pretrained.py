@@ -693,12 +693,16 @@ def test_other_baichuan_models_are_refused(extra, tmp_path, no_memory):
 
 HARMLESS = {"torch_dtype": "float16", "_name_or_path": "x", "transformers_version": "4.20.0", "pretraining_tp": 4}
 HARMLESS |= {"do_sample": True, "temperature": 0.6, "max_length": 20, "task_specific_params": {"a": 1}, "foo": None}
+# of SmolLM2, of early conversions of LLaMA, of OPT
+HARMLESS |= {"is_llama_config": True, "rope_interleaved": False, "max_sequence_length": 2048, "activation_dropout": 0.0}
 
 
 def test_harmless_settings_are_passed_over(tmp_path):
     save_pretrained(lm(), tmp_path)
     edit(tmp_path, **HARMLESS)
     load_causal_lm(tmp_path)
+    edit(tmp_path, rope_interleaved=True)
+    assert "rope_interleaved True" in refused(load_causal_lm, tmp_path)
 
 
 def test_random_bytes_end_in_one_kind_of_error(good, tmp_path):

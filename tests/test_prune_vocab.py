@@ -10,6 +10,7 @@ from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.pretrained import load_causal_lm, save_pretrained
 from minirlhf.prune_vocab import main, way_to
 from minirlhf.rng import generator
+from minirlhf.templates import EOS, get_template
 from minirlhf.tokenizer import Tokenizer
 
 LINES = [
@@ -79,6 +80,20 @@ def test_the_same_text_has_the_same_tokens_logits_and_greedy_answer(family, fold
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN sums depend on the shape")
+def test_the_template_goes_along_and_keeps_its_tokens(folder, corpus, tmp_path):
+    big, out = folder("gpt2"), tmp_path / "small"
+    (tmp_path / "t.json").write_text(json.dumps({"user": ["how vexingly {text} quartz"], "response": ["{text}", EOS]}))
+    template = get_template(str(tmp_path / "t.json"))
+    said = {"template": template.name, "template_sha256": template.sha256}
+    (big / "minirlhf.json").write_text(json.dumps(said))
+    assert main([str(big), str(out), "--corpus", str(corpus)]) == 0
+    assert json.loads((out / "minirlhf.json").read_text()) == said
+    for text in LINES:
+        old, new = (template.prompt_ids(Tokenizer.load(model), text) for model in (big, out))
+        spellings = [Tokenizer.load(model).id_to_token for model in (big, out)]
+        assert list(map(spellings[0], old)) == list(map(spellings[1], new))
+
+
 def test_blooms_vocabulary_bit_for_bit(folder, corpus, tmp_path):
     """250,880 rows: whatever the shape, and so whatever the path of the product, a kept logit is what it was."""
     big_folder, out = folder("bloom", spare=250_460), tmp_path / "small"

@@ -137,6 +137,16 @@ def test_exams_multiply_as_they_are_told():
         exact_kl(roles, roll(roles), 1.0, "nonsense")
 
 
+def test_a_rank_without_rows_answers_on_the_same_device(monkeypatch):
+    roles, _ = roles_of("gpt2")
+    rollout = roll(roles)
+    elsewhere = replace(rollout, **{f.name: getattr(rollout, f.name).to("meta") for f in fields(rollout)[:-1]})
+    monkeypatch.setattr("minirlhf.dist.mine", lambda rows: rows[:0])
+    monkeypatch.setattr("minirlhf.dist.all_rows", lambda own, n: own)
+    found = exact_kl(roles, elsewhere, 1.0)
+    assert (found.device.type, found.shape) == ("meta", (0,))
+
+
 def test_sequences_by_hand():
     """Two prompts of 1 and 3 tokens, answers of 2 and 1: no padding before them, and none that all rows have."""
     ids = torch.tensor([[PAD, PAD, 5, 6, 7, PAD], [3, 4, 5, EOS, PAD, PAD]])

@@ -39,7 +39,7 @@ def _signals_stay():
     gc.collect()  # handlers hold a run, and the run its lock
 
 
-def main(config, run, crash=0):
+def main(config, run, every=1):
     """A stage of milliseconds."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
@@ -51,7 +51,7 @@ def main(config, run, crash=0):
     def validate():
         return {"val/loss": float(model.weight.detach().square().sum())}
 
-    fit(run, Engine(config.run, [model]), model, losses, validate, eval_every=1, words=("loss",))
+    fit(run, Engine(config.run, [model]), model, losses, validate, eval_every=every, words=("loss",))
 
     def write(folder):
         folder.mkdir()
@@ -82,6 +82,14 @@ def outcome(folder):
     return hashlib.sha256((folder / "final/model.safetensors").read_bytes()).hexdigest(), lines(folder)
 
 
+def test_a_validation_is_logged_whether_its_step_is_due_or_not(tmp_path):
+    argv = ["--run.steps", "7", "--run.log_every", "5"]
+    assert stage(tmp_path / "x", *argv, body=lambda config, run: main(config, run, every=3)) == 0
+    assert [(line["step"], "val/loss" in line) for line in lines(tmp_path / "x")] == [
+        (1, False), (3, True), (5, False), (6, True), (7, True)
+    ]  # fmt: skip
+
+
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
@@ -100,8 +108,8 @@ class Crash:
             return self.log
         return getattr(self.run, name)
 
-    def log(self, step, metrics, words):
-        self.run.log(step, metrics, words)
+    def log(self, step, *what, **how):
+        self.run.log(step, *what, **how)
         if step == self.at:
             raise ZeroDivisionError
 

@@ -181,5 +181,5 @@ def test_the_small_rollout_takes_any_number_of_prompts(folders):
     config, roles, loaded = parts(folders)
     config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, prompts=("a", "b c", "the film")))
     bench = prepare(config, copy.copy(roles), loaded)
-    assert len(bench.rollout) == len(bench.texts) == 16
-    assert set(bench.texts) == {"a", "b c", "the film"}
+    assert len(bench.rollout) == len(bench.prompts) == 16
+    assert set(bench.prompts) == {"a", "b c", "the film"}

@@ -9,16 +9,19 @@ import torch
 from test_scripts import metrics, script
 from tolerance import assert_close, fp32, fp64
 
-from minirlhf.config import RMSection
+from minirlhf import review_world, stage
+from minirlhf.config import RMConfig, RMSection, load_config
 from minirlhf.data import RankedList, side_by_side
-from minirlhf.errors import CheckpointError
+from minirlhf.errors import CheckpointError, DataError
 from minirlhf.evaluate import score_rows
 from minirlhf.formats import read_records
 from minirlhf.heads import RewardModel
-from minirlhf.model import ModelConfig
+from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.probe import hard_negatives
 from minirlhf.records import Ranking
 from minirlhf.score import reward_of
+from minirlhf.templates import get_template
+from minirlhf.tokenizer import Tokenizer
 from train_rm import list_losses
 
 SHORT = ["--run.steps", "40", "--optim.warmup_steps", "2", "--rm.minibatch_size", "16", "--rm.microbatch_size", "16"]
@@ -36,6 +39,18 @@ def sigmoid(x):
 
 
 # ---- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_a_labeler_that_never_prefers_is_an_error_and_no_endless_search(monkeypatch):
+    config = load_config(RMConfig, ["--data.size", "4", "--sample.max_new_tokens", "2"])
+    words = review_world.words("en")
+    tokenizer = Tokenizer.from_words(words)
+    sizes = ModelConfig("gpt2", vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, d_model=8, max_seq_len=32)
+    loaded = stage.Loaded(CausalLM(sizes), tokenizer, get_template("plain"), {})
+    monkeypatch.setattr(stage, "JUDGED", 4)
+    monkeypatch.setattr(review_world, "judge", lambda *_, **__: None)
+    with pytest.raises(DataError, match=r"data\.labeler good: prefers none of 4 pairs"):
+        stage.judged_pairs(config, loaded, 4, "pair")
 
 
 def test_margins_by_hand():

@@ -173,8 +173,8 @@ def eos(b: Bench) -> Check:
     loaded = b.loaded
     stop = loaded.template.stop_token_id(loaded.tokenizer)
     answers = b.rollout.texts(loaded.tokenizer)[1]
-    turns = ((("user", asked),) if isinstance(asked, str) else asked for asked in b.prompts)
-    records = [SFT("", answer, context) for context, answer in zip(turns, answers, strict=True)]
+    both = zip(b.prompts, answers, strict=True)
+    records = [SFT(asked, said) if isinstance(asked, str) else SFT("", said, asked) for asked, said in both]
     examples, _ = encode_sft(records, loaded.tokenizer, loaded.template, sys.maxsize)
     batch = collate(examples, 0)
     labels = sft_targets(batch.input_ids, batch.trained)  # (B, T - 1)

@@ -28,8 +28,8 @@ MP.set_forkserver_preload(
 
 
 def start(*argv, cwd):
-    """A new interpreter."""
-    command = [sys.executable, *map(str, argv)]
+    """A new interpreter, of which as little is held out and examined as of a fork."""
+    command = [sys.executable, __file__, *map(str, argv)]
     return subprocess.Popen(command, cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import subprocess
 
+import processes
 import pytest
 from tolerance import fp64
 
@@ -34,6 +36,9 @@ def tiny(monkeypatch):
             for key in re.findall(r"--[\w.]+", keys):
                 line = re.sub(rf" {key} \S+", "", line)
             monkeypatch.setitem(lab.JOBS, name, f"{line} {keys}")
+    popen = subprocess.Popen
+    smaller = lambda command, **how: popen([command[0], processes.__file__, *command[1:]], **how)  # noqa: E731
+    monkeypatch.setattr(lab.subprocess, "Popen", smaller)
 
 
 # ---- what runs before what ------------------------------------------------------------------------------------------

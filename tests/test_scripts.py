@@ -90,14 +90,14 @@ def test_the_whole_of_rlhf(pipeline):
     }
     assert len(json.loads((cwd / "runs/rm/probe.json").read_text())["probe"]) >= 8
     exams = json.loads((cwd / "runs/ppo/evaluation.json").read_text())
-    assert [exams[when]["answers"] for when in ("before", "after")] == [1024, 1024]
+    assert [exams[when]["answers"] for when in ("before", "after")] == [64, 64]
 
 
 def test_a_rerun_is_bitwise_equal_and_sets_the_earlier_run_aside(pipeline):
     cwd, _ = pipeline
     for name in ("sft", "ppo"):
         before, earlier = digests(cwd / f"runs/{name}/final"), metrics(cwd / f"runs/{name}")
-        script(name, *TINY[name], cwd=cwd, run=processes.run_anew)
+        script(name, *TINY[name], cwd=cwd)  # off a process with other hash seeds
         assert digests(cwd / f"runs/{name}/final") == before
         assert digests(cwd / f"runs/{name}.1/final") == before
         assert metrics(cwd / f"runs/{name}") == earlier

@@ -300,7 +300,9 @@ def run_script(
         prepare_torch(config)
         run = Run(config, name)
         if run.nothing_to_do:
-            run.say(f"{run.folder} is finished; nothing to resume")
+            page = (run.folder / "report.html").exists()
+            more = "" if page else f"; python -m minirlhf.report {run.folder} makes the page that is not there"
+            run.say(f"{run.folder} is finished; nothing to resume{more}")
             return 0
         main(config, run)
         return 0

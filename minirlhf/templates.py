@@ -123,7 +123,9 @@ class Template:
         ids: list[int] = []
         for piece in pieces:
             if isinstance(piece, str):
-                ids += tokenizer.encode(self._around(piece, text, extra))
+                said = self._around(piece, text, extra)
+                twice = tokenizer.puts_space and piece.startswith(" ")  # the piece's own space and the tokenizer's
+                ids += tokenizer.encode(said[1:] if twice else said)
             else:
                 ids.append(self._token(tokenizer, piece))
         return ids

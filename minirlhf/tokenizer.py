@@ -77,6 +77,11 @@ class Tokenizer:
         The first ids of a character of several tokens give U+FFFD."""
         return self._full.decode(list(ids), skip_special_tokens=True)
 
+    @cached_property
+    def puts_space(self) -> bool:
+        """Whether each text gets a space of its own before it, as in SentencePiece's tokenizers for LLaMA 2."""
+        return self._user.normalizer is not None and self._user.normalizer.normalize_str("a") == "▁a"
+
     def token_to_id(self, token: str) -> int | None:
         """Id of a token's spelling, special ones too."""
         return self._full.token_to_id(token)

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from minirlhf.errors import DataError, UsageError
 from minirlhf.templates import TEMPLATES, get_template
@@ -220,3 +220,18 @@ def test_unknown_names(tmp_path):
     for path in (tmp_path / "absent.json", tmp_path):
         with pytest.raises(UsageError, match=r"data\.template"):
             get_template(str(path))
+
+
+def test_a_tokenizer_that_puts_a_space_before_each_text_puts_no_second_one():
+    """As SentencePiece's converted for LLaMA 2: the answer after a piece's own space is what the whole text gives."""
+    text = "[INST] hello you [/INST] this is fine "
+    vocab = {c: i for i, c in enumerate(sorted({*text.replace(" ", "▁"), "▁"}))}
+    full = tokenizers.Tokenizer(models.BPE(vocab | {"▁▁": len(vocab)}, [("▁", "▁")]))
+    full.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    full.add_special_tokens(["<s>", "</s>"])
+    tokenizer = Tokenizer(full, {"bos_token": "<s>", "eos_token": "</s>"})
+    assert tokenizer.puts_space
+    assert not FULL.puts_space
+    ids, trained = get_template("llama2").encode(tokenizer, "hello you", "this is fine")
+    assert ids == full.encode(f"<s>{text}</s>").ids
+    assert "".join(full.id_to_token(i) for i, t in zip(ids, trained, strict=True) if t) == "▁this▁is▁fine▁</s>"

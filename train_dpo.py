@@ -34,7 +34,8 @@ def main(config: DPOConfig, run: Run) -> None:
     max_length = c.data.max_length or model.config.max_seq_len
     pairs, counts = encode_pairs(records, tokenizer, template, max_length)
     stage.report_counts("data", counts, len(records))
-    validation = encode_pairs(held_out, tokenizer, template, max_length)[0] if held_out else []
+    validation, counts = encode_pairs(held_out, tokenizer, template, max_length) if held_out else ([], {})
+    stage.report_counts("held-out data", counts, len(held_out))
 
     def logprobs(rows: list[Pair]) -> Tensor:  # n pairs → (2, n), of the better and of the worse answers
         both = [pair.better for pair in rows] + [pair.worse for pair in rows]

@@ -9,7 +9,6 @@ value model. The step itself is in `minirlhf/ppo.py`, the rollout in `minirlhf/r
     python train_ppo.py --reward.fn human --ppo.rollout_size 8           your own judgement, a number per answer
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from minirlhf.reward import AdaptiveKL, FixedKL, load_reward_fn
 from minirlhf.rng import generator
 from minirlhf.rollout import Partition, Roles, Rollout, collect, save_rollout
 from minirlhf.run import Run, Snapshot, run_script, write_json
+from minirlhf.safefile import read_json
 
 MEASURED = 256  # answers that ppo.metric_fn judges at once
 WORDS = ("objective/scores", "gold/score", "objective/kl", "response/length_mean", "tokens_per_s")
@@ -155,7 +155,7 @@ def look_last(run: Run, exam: Callable[..., list[Any]], prompts: list[list[int]]
     """How good the policy has become."""
     if run.config.reward.fn == "human":
         return
-    before = json.loads((run.folder / "evaluation.json").read_text())["before"]
+    before = read_json(run.folder / "evaluation.json")["before"]
     after = summary(exam(repeated(prompts, EXAM)))
     if "gold" in after:
         after["frontier_share"] = frontier_share(before["gold"], after["gold"], after["kl"])

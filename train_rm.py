@@ -42,7 +42,8 @@ def main(config: RMConfig, run: Run) -> None:
     stage.report_counts("data", counts, len(records))
     if c.rm.margin and not any(one.grades for one in lists):
         raise DataError(f"{c.data.path}: its answers have no scores or margins, which rm.margin multiplies")
-    validation = encode_lists(held_out, tokenizer, template, max_length)[0] if held_out else []
+    validation, counts = encode_lists(held_out, tokenizer, template, max_length) if held_out else ([], {})
+    stage.report_counts("held-out data", counts, len(held_out))
     if c.rm.loss == "direct":
         validation = side_by_side(validation, 16, seed=c.run.seed)
         if held_out and not validation:

@@ -48,7 +48,8 @@ def main(config: SFTConfig, run: Run) -> None:
     max_length = c.data.max_length or model.config.max_seq_len
     examples, counts = encode_sft(records, tokenizer, template, max_length)
     stage.report_counts("data", counts, len(records))
-    validation = encode_sft(held_out, tokenizer, template, max_length)[0] if held_out else []
+    validation, counts = encode_sft(held_out, tokenizer, template, max_length) if held_out else ([], {})
+    stage.report_counts("held-out data", counts, len(held_out))
     engine = Engine(c.run, [model])
 
     def losses(step: int) -> Iterator[tuple[Tensor, int]]:

@@ -404,6 +404,13 @@ class PPOConfig:
             raise UsageError(
                 f"ppo.ptx_coef {self.ppo.ptx_coef}: your own prompts need your own texts; give ppo.ptx_path"
             )
+        if self.ppo.kl_target and not self.ppo.kl_coef:
+            raise UsageError(
+                f"ppo.kl_target {self.ppo.kl_target}: ppo.kl_coef 0 stays 0; give the coefficient to begin with"
+            )
+        if self.ppo.kl_target and self.ppo.rollout_size >= 5 * self.ppo.kl_horizon:
+            raise UsageError(f"ppo.kl_horizon {self.ppo.kl_horizon} is too short for ppo.rollout_size "
+                             f"{self.ppo.rollout_size}; take more than a fifth of it")  # fmt: skip
         _check_objective(self.ppo)
 
 
@@ -431,6 +438,8 @@ def _check_common(config: Any) -> None:
         raise UsageError(f"run.best_by {run.best_by!r}: write max:METRIC or min:METRIC, such as max:gold/score")
     if optim.warmup_steps > run.steps:
         raise UsageError(f"optim.warmup_steps {optim.warmup_steps} exceeds run.steps {run.steps}")
+    if not optim.max_grad_norm:
+        raise UsageError("optim.max_grad_norm 0 leaves nothing of any gradient; inf cuts none")
     if model.d_model % model.n_head:
         raise UsageError(f"model.d_model {model.d_model} is no multiple of model.n_head {model.n_head}")
     if sample.min_new_tokens > sample.max_new_tokens:

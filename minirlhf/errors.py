@@ -54,14 +54,14 @@ def tool(os_error: int = 4) -> Callable[[Callable[..., int]], Callable[..., int]
             except (UserError, NonFiniteError) as e:
                 code, words = e.exit_code, str(e)
             except BrokenPipeError:  # who read the answers has left
-                _silence()
+                silence()
                 return 0
             except OSError as e:
                 code, words = os_error, f"{e.filename}: {e.strerror}" if e.filename else str(e)
                 try:
                     sys.stdout.flush()
                 except OSError:  # that is where it came from
-                    _silence()
+                    silence()
             except KeyboardInterrupt:
                 return 130
             print("error: " + " ".join(words.split()), file=sys.stderr)  # noqa: T201
@@ -72,6 +72,6 @@ def tool(os_error: int = 4) -> Callable[[Callable[..., int]], Callable[..., int]
     return around
 
 
-def _silence() -> None:
+def silence() -> None:
     """What stdout still holds goes nowhere, when Python writes it at the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

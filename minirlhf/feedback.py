@@ -1,6 +1,7 @@
 """Ranked or labelled answers as examples of SFT: which are learnt, with what weight. Learning from people without RL.
 
-The merit m of an answer is its label in [0, 1], or its place in its list: 1 for the best, 0 for the worst.
+The merit m of an answer is its label in [0, 1], or its place in its list: 1 for the best, 0 for the worst. The mean of
+its list, in awr, is that of all labels where answers are labelled one by one.
 
 chosen: the best answers alone · rwr: weight e^(m/τ) (Peters, Schaal 2007, reward-weighted regression) · awr: weight
 e^((m - mean of the list)/τ), at most 20 (Peng et al. 2019, arXiv 1910.00177, algorithm 1) · conditional: a word before
@@ -32,8 +33,10 @@ def judged(
     if not all(lists):
         raise DataError(f"sft.objective {objective}: the data holds neither ranks nor labels; use imitate")
     found: list[SFT] = []
+    labelled = [(record.response, record.label) for record in records if hasattr(record, "label")]
     for record, answers in zip(records, lists, strict=True):
-        mean = sum(m for _, m in answers) / len(answers)
+        siblings = labelled if hasattr(record, "label") else answers
+        mean = sum(m for _, m in siblings) / len(siblings)
         for response, m in answers:
             if objective == "conditional" and m != 0.5:
                 found.append(SFT((good if m > 0.5 else bad) + record.prompt, response))

@@ -14,14 +14,16 @@ from typing import Any, TextIO
 import torch
 
 from minirlhf import dist
-from minirlhf.errors import CheckpointError, NonFiniteError, UsageError
+from minirlhf.errors import CheckpointError, NonFiniteError, UsageError, silence
 from minirlhf.safefile import write_file
 
 
 def to_json(path: Path, record: dict[str, Any], indent: int | None = None) -> bytes:
-    """Raises NonFiniteError, which names the file, for a number that JSON cannot hold."""
+    """Raises NonFiniteError, which names the file, for a number that JSON cannot hold, UsageError for such a text."""
     try:
         return (json.dumps(record, ensure_ascii=False, allow_nan=False, indent=indent) + "\n").encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(f"{path.name}: {e.object[e.start - 9 : e.end + 9]!a} is no UTF-8; rename what it names") from e
     except ValueError as e:
         raise NonFiniteError(f"{path.name}: a number in it is NaN or infinite") from e
 
@@ -131,6 +133,16 @@ def _wandb(folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], N
     return lambda line: run.log(line, step=line["step"])
 
 
+def tell(text: str, out: TextIO | None = None) -> None:
+    """Text for who watches a run. That nobody does any more, or with a terminal of few letters, does not end it."""
+    out = out or sys.stdout
+    try:
+        out.write(text.encode(out.encoding or "utf-8", "replace").decode(out.encoding or "utf-8"))
+        out.flush()
+    except BrokenPipeError:
+        silence()
+
+
 class Progress:
     """One line that renews itself on a terminal, plain lines elsewhere; the time left from the steps so far."""
 
@@ -152,8 +164,7 @@ class Progress:
         left = f"  {_duration((now - began) / (step - first) * (self.total - step))} left" if step > first else ""
         shown = "  ".join(f"{_short(w)} {_number(metrics[w])}" for w in words if w in metrics)
         line = f"{self.name} {step}/{self.total}  {shown}{left}"
-        self.out.write(f"\r\x1b[2K{line}" + ("\n" if step == self.total else "") if live else line + "\n")
-        self.out.flush()
+        tell(f"\r\x1b[2K{line}" + ("\n" if step == self.total else "") if live else line + "\n", self.out)
 
 
 def _short(name: str) -> str:

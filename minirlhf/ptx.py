@@ -28,9 +28,13 @@ class Corpus:
         self.config, self.policy, self.engine = config, loaded.model, engine
         train, held_out = texts(config, run)
         room = config.data.max_length or loaded.model.config.max_seq_len
-        encode = lambda records: encode_sft(records, loaded.tokenizer, loaded.template, room)[0] if records else []  # noqa: E731
-        self.train: list[Example] = encode(train)
-        self.held_out: list[Example] = encode(held_out)
+
+        def encode(records: list[Any]) -> list[Example]:
+            examples, counts = encode_sft(records, loaded.tokenizer, loaded.template, room) if records else ([], {})
+            stage.report_counts("ppo.ptx_path", counts, len(records))
+            return examples
+
+        self.train, self.held_out = encode(train), encode(held_out)
 
     def beside(self, iteration: int) -> Texts:
         """The texts of an iteration's optimizer steps, as many to each as it has answers; none where γ = 0."""

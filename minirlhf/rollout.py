@@ -309,7 +309,13 @@ def save_rollout(
     words = json.dumps({"score_at": rollout.score_at, "state": state, "weights": list(weights)}, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata={"minirlhf": words})
+    try:
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata={"minirlhf": words}
+        )
+    except SafetensorError as e:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({e}); make room, or leave ppo.save_rollouts out") from e
     with temporary.open("rb") as f:
         os.fsync(f.fileno())
     os.replace(temporary, path)

@@ -25,7 +25,7 @@ import torch
 from minirlhf import checkpoint, dist, ops
 from minirlhf.config import load_config
 from minirlhf.errors import AlarmError, NonFiniteError, UsageError, UserError
-from minirlhf.log import Progress, append_line, cut_after, exporter, memory, read_lines, to_json
+from minirlhf.log import Progress, append_line, cut_after, exporter, memory, read_lines, tell, to_json
 from minirlhf.rng import derive_seed
 from minirlhf.safefile import read_json, write_file
 from minirlhf.settings import help_text, to_dict
@@ -96,8 +96,8 @@ class Run:
         """Everything is loaded and sound: an earlier run goes aside now, and the folder tells whose it is."""
         if self.goes_aside:
             self._set_aside()
-        write_json(self.folder / "config.json", to_dict(self.config))
         self._note_environment()
+        write_json(self.folder / "config.json", to_dict(self.config))
         (self.folder / "dropped.jsonl").unlink(missing_ok=True)
         for row in self.dropped:
             append_line(self.folder / "dropped.jsonl", row)
@@ -143,7 +143,9 @@ class Run:
     def _refuse_foreign(self) -> None:
         stored = self.folder / "config.json"
         if not self._used():
-            foreign = {p.name for p in self.folder.iterdir() if not (p.name in OWN or p.match(".*.tmp"))}
+            begun = (self.folder / "environment.json").exists()  # the first file of a run
+            own = OWN if begun else {".lock"}
+            foreign = {p.name for p in self.folder.iterdir() if not (p.name in own or p.match(".*.tmp"))}
             if foreign:
                 raise UsageError(
                     f"run.dir {self.folder} holds {sorted(foreign)[0]}, which is no run; choose an empty folder"
@@ -242,7 +244,7 @@ class Run:
     def say(self, text: str) -> None:
         """A line on the terminal, below the live one."""
         if dist.rank() == 0:
-            print(text)  # noqa: T201
+            tell(text + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """What has been logged."""
@@ -310,9 +312,10 @@ def run_script(
         return complain(e, e.exit_code, config)
     except OSError as e:
         return complain(e, 4, config)
-    except torch.OutOfMemoryError as e:
-        return complain(f"out of memory: lower {name}.microbatch_size or sample.max_new_tokens ({e})", 4, config)
     except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(e):
+            remedy = f"take a smaller model, {name}.microbatch_size or sample.max_new_tokens"
+            return complain(f"out of memory: {remedy} ({e})", 4, config)
         if not dist.is_lost(e):
             raise
         return dist.leave(complain(f"{dist.silent_ranks()} ({e.args[0]})", 1, config))

@@ -284,7 +284,12 @@ def sft_records(config: Any, run: Run) -> tuple[list[Any], list[Any]]:
             run.say(f"data: {bare} of {len(train)} records have no answer and are learnt whole, as plain texts")
         return texts_of(train), texts_of(held_out)
     learn = partial(judged, objective=how.objective, temperature=how.temperature, good=how.good, bad=how.bad)
-    return learn(train), [answer for answer in learn(held_out) if answer.weight > 0]
+    examples = learn(train)
+    if not examples:
+        raise DataError(
+            f"{data.path}: no answer is the best (label 1), which sft.objective {how.objective} learns; use rwr"
+        )
+    return examples, [answer for answer in learn(held_out) if answer.weight > 0]
 
 
 def texts_of(records: Sequence[Any]) -> list[Any]:
@@ -352,7 +357,10 @@ def with_room(
     config: Any, loaded: Loaded, prompts: Sequence[Question]
 ) -> tuple[list[Question], list[list[int]], dict[str, int]]:
     """The prompts that leave room for an answer, as texts and as tokens; and how many do not."""
-    room = (config.data.max_length or loaded.model.config.max_seq_len) - config.sample.max_new_tokens
+    sizes, longest = loaded.model.config, config.data.max_length or loaded.model.config.max_seq_len
+    if sizes.position == "learned" and longest > sizes.max_seq_len:
+        raise UsageError(f"data.max_length {longest} exceeds the model's {sizes.max_seq_len} positions; lower it")
+    room = longest - config.sample.max_new_tokens
     return encode_prompts(prompts, loaded.tokenizer, loaded.template, room)
 
 

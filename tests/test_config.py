@@ -121,3 +121,16 @@ def test_presets_are_valid():
         cls = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}[preset.name.split(".")[0].split("_")[-1]]
         assert tomllib.loads(preset.read_text(encoding="utf-8"))
         load_config(cls, [str(preset)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--ppo.kl_target", "6", "--ppo.kl_coef", "0"], r"ppo\.kl_coef 0 stays 0"),
+        (["--ppo.kl_target", "6", "--ppo.kl_horizon", "51.2", "--ppo.rollout_size", "256"], r"ppo\.kl_horizon 51.2"),
+        (["--optim.max_grad_norm", "0"], r"optim\.max_grad_norm 0"),
+    ],
+)
+def test_what_would_train_nothing_is_refused(argv, words):
+    with pytest.raises(UsageError, match=words):
+        load_config(PPOConfig, argv)

@@ -58,6 +58,13 @@ def test_labels_are_merits():
     assert found["qa"] / found["qb"] == pytest.approx(math.exp(0.75 / 0.5))
 
 
+def test_single_labels_are_held_against_the_mean_of_all_labels():
+    single = [Scored("p", "good", 1.0), Scored("p", "bad", 0.0), Scored("q", "so", 0.2)]
+    raw = {"good": math.exp(0.6), "bad": math.exp(-0.4), "so": math.exp(-0.2)}  # τ = 1, mean 0.4
+    found = {one.response: one.weight for one in judged(single, "awr", temperature=1.0, good="", bad="")}
+    assert found == pytest.approx({k: 3 * v / sum(raw.values()) for k, v in raw.items()})
+
+
 def test_tied_lists_say_nothing():
     tied = [Ranking("q", ["a", "b"], [1, 1])]
     assert weights("chosen", tied) == {}
@@ -91,3 +98,5 @@ def test_ranked_answers_through_the_script(tmp_path, stages):
     more[more.index("ranked.jsonl")] = "plain.jsonl"
     line = script("sft", *more, "--sft.objective", "chosen", cwd=tmp_path, code=3)
     assert "neither ranks nor labels" in line
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "the film", "response": "is lovely", "label": 0.9}\n')
+    assert "no answer is the best" in script("sft", *more, "--sft.objective", "chosen", cwd=tmp_path, code=3)

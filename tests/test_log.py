@@ -4,12 +4,14 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from faults import disk_calls, failing, recorded
 
-from minirlhf.errors import CheckpointError, NonFiniteError
-from minirlhf.log import Progress, append_line, cut_after, read_lines
+from minirlhf.errors import CheckpointError, NonFiniteError, UsageError
+from minirlhf.log import Progress, append_line, cut_after, read_lines, to_json
 
 
 def test_what_is_appended_is_read(tmp_path):
@@ -47,6 +49,11 @@ def test_nan_is_no_json(tmp_path):
     with pytest.raises(NonFiniteError, match=r"x\.jsonl"):
         append_line(tmp_path / "x.jsonl", {"step": 1, "loss": float("nan")})
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_a_name_that_is_no_utf8_is_said(tmp_path):
+    with pytest.raises(UsageError, match=r"x\.json: .*data/l\\udce9\.json.* is no UTF-8"):
+        to_json(tmp_path / "x.json", {"path": "data/l\udce9.jsonl"})
 
 
 @pytest.mark.parametrize(
@@ -98,6 +105,18 @@ def test_without_a_terminal_only_the_first_and_last_lines_that_count():
     assert "\x1b" not in out.getvalue()
     assert shown[0].startswith("sft 1/3  loss 1")
     assert shown[-1].startswith("sft 3/3  loss 0.333")
+
+
+def test_a_watcher_that_left_or_reads_few_letters_does_not_end_a_run(tmp_path):
+    command = "from minirlhf.log import tell; tell('a → b\\n'); tell('c\\n'); print('d')"
+    how = {"env": os.environ | {"PYTHONIOENCODING": "latin-1"}, "stderr": subprocess.PIPE, "check": False}
+    seen = subprocess.run([sys.executable, "-c", command], stdout=subprocess.PIPE, **how)
+    assert (seen.returncode, seen.stdout, seen.stderr) == (0, b"a ? b\nc\nd\n", b"")
+    read, write = os.pipe()
+    os.close(read)
+    unseen = subprocess.run([sys.executable, "-c", command], stdout=write, **how)
+    os.close(write)
+    assert (unseen.returncode, unseen.stderr) == (0, b"")
 
 
 def test_a_terminal_has_one_line_that_renews_itself():

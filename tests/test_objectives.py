@@ -395,6 +395,9 @@ def test_held_out_prompts_are_the_last_of_the_file_and_no_others(tmp_path):
     how = load_config(PPOConfig, argv), SimpleNamespace(dropped=[], say=print), loaded
     assert stage.ppo_prompts(*how)[0] == [f"number {i}" for i in range(7)]
     assert stage.ppo_prompts(*how, held_out=True)[0] == [f"number {i}" for i in range(7, 10)]
+    longer = load_config(PPOConfig, [*argv, "--data.max_length", "33"])
+    with pytest.raises(UsageError, match=r"data\.max_length 33 exceeds the model's 32 positions"):
+        stage.ppo_prompts(longer, *how[1:])
 
 
 @pytest.mark.parametrize("template", ["hh", "alpaca", "wenda"])

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tolerance import assert_close, exact, fp32, fp64
 
 from minirlhf import products
@@ -261,6 +262,17 @@ def test_a_saved_rollout_comes_back_in_every_bit(tmp_path):
     for want, got in ((columns(rollout), columns(again)), *((weights[g], loaded[g]) for g in weights)):
         assert want.keys() == got.keys()
         assert all(torch.equal(want[k], got[k]) and want[k].dtype == got[k].dtype for k in want)
+
+
+def test_a_rollout_that_finds_no_room_is_said_with_its_file(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"a part")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(rollouts, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: cannot be written .*No space left"):
+        save_rollout(tmp_path / "rollouts/a.safetensors", roll(roles_of("gpt2")[0]), {}, {})
+    assert list((tmp_path / "rollouts").iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])

@@ -152,6 +152,7 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path, capsys):
 def test_what_a_kill_leaves_before_the_first_step_is_not_foreign(tmp_path):
     """PPO answers and evaluates before its first line of metrics; a write may be cut in the middle."""
     for name in [
+        ".environment.json.tmp",
         "config.json",
         ".config.json.tmp",
         ".metrics.jsonl.tmp",
@@ -164,8 +165,18 @@ def test_what_a_kill_leaves_before_the_first_step_is_not_foreign(tmp_path):
     ]:
         folder = tmp_path / name
         folder.mkdir()
+        if name != ".environment.json.tmp":  # the first file
+            (folder / "environment.json").write_text("{}\n")
         (folder / name).write_text("{}\n")
         assert stage(folder) == 0, name
+
+
+@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "dropped.jsonl"])
+def test_files_of_these_names_where_nothing_ran_stay_as_they_are(name, tmp_path, capsys):
+    (tmp_path / name).write_text('{"run": {"steps": 4}}')
+    assert stage(tmp_path) == 2
+    assert f"holds {name}, which is no run" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == '{"run": {"steps": 4}}'
 
 
 def test_default_folders_of_earlier_runs_go_aside(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Every setting of the three scripts, with default, unit and range.
+"""Every setting of the scripts, with default, unit and range.
 
 One frozen dataclass per script, made of sections. `key()` gives a field its help line and its range, so that what is
 printed by `--help`, what is refused and what is documented cannot differ.

@@ -1,4 +1,4 @@
-"""The frame of a run, shared by the three scripts: folder, lock, resume, signals, log, checkpoints, exit codes.
+"""The frame of a run, shared by the scripts: folder, lock, resume, signals, log, checkpoints, exit codes.
 
 A run folder belongs to one configuration. A default folder that holds an earlier run is renamed aside; a folder named
 by the user is never touched unless it is empty or resumed. Nothing is overwritten.

@@ -21,6 +21,9 @@ PRESETS = ("oai2019", "trl-legacy", "trl-v2", "dschat", "openrlhf", "instructgpt
 # ---- sections -------------------------------------------------------------------------------------------------------
 
 
+DEFAULT_REWARD = "runs/rm/final"  # where reward.path is empty
+
+
 @dataclass(frozen=True)
 class RunSection:
     """Where and how a script runs."""

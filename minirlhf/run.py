@@ -5,6 +5,7 @@ by the user is never touched unless it is empty or resumed. Nothing is overwritt
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ import tokenizers
 import torch
 
 from minirlhf import checkpoint, dist, ops
-from minirlhf.config import load_config
+from minirlhf.config import DEFAULT_REWARD, load_config
 from minirlhf.errors import AlarmError, NonFiniteError, UsageError, UserError
 from minirlhf.log import Progress, append_line, cut_after, exporter, memory, read_lines, tell, to_json
 from minirlhf.rng import derive_seed
@@ -43,6 +44,7 @@ OWN = {
     "forensics",
     *LOGS,
 }
+ENDS = 2**20  # bytes
 BEST = {"val/loss": -1, "val/accuracy": 1, "objective/rlhf_reward": 1}  # what makes a checkpoint the best: low, high
 Snapshot = Callable[[], tuple[checkpoint.Tensors, dict[str, Any]]]
 
@@ -110,7 +112,7 @@ class Run:
             changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
             if changed:
                 print(f"resumed elsewhere: {', '.join(changed)}; equal bits are not promised", file=sys.stderr)  # noqa: T201
-        write_json(path, now)
+        write_json(path, now | {"sources": sources(self.config)})
 
     def _take_lock(self) -> None:
         """An advisory lock that the kernel frees whatever happens to this process."""
@@ -168,6 +170,12 @@ class Run:
                 raise UsageError(
                     f"run.resume: {key} was {was!r} in {self.folder} and is {now!r} now; they must be equal"
                 )
+        path = self.folder / "environment.json"
+        before = (read_json(path) if path.is_file() else {}).get("sources")
+        known: dict[str, Any] = before if isinstance(before, dict) else {}
+        for source, digest in sources(self.config).items():
+            if known.get(source, digest) != digest:
+                raise UsageError(f"run.resume: {source} is not what it was when {self.folder} began; bring it back")
 
     # ---- steps ----
 
@@ -356,6 +364,25 @@ def require_device(device: str, setting: str) -> None:
         raise UsageError(f"{setting} {device!r} is no device; use cpu, cuda or cuda:N")
     if device != "cpu" and int(named[1] or 0) >= torch.cuda.device_count():
         raise UsageError(f"{setting} {device}: no such CUDA device is available; use cpu")
+
+
+def sources(config: Any) -> dict[str, str]:
+    """The models and data files that a run reads → sha256 of their files' names, sizes, first and last bytes."""
+    places = [config.model.path, config.data.path]
+    if hasattr(config, "ppo"):
+        places += [config.ppo.ptx_path, "" if config.reward.fn else config.reward.path or DEFAULT_REWARD]
+    found = {}
+    for place in filter(None, places):
+        path, digest = Path(place), hashlib.sha256()
+        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
+        for file in filter(Path.is_file, files):
+            with file.open("rb") as f:
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size}".encode() + f.read(ENDS))
+                f.seek(max(0, size - ENDS))
+                digest.update(f.read())
+        found[place] = digest.hexdigest()
+    return found
 
 
 def environment() -> dict[str, Any]:

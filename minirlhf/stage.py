@@ -29,6 +29,7 @@ from minirlhf.adapt import (
     write_model,
 )
 from minirlhf.architecture import ModelConfig
+from minirlhf.config import DEFAULT_REWARD
 from minirlhf.data import decode, encode_prompts, left_padded
 from minirlhf.errors import CheckpointError, DataError, UsageError
 from minirlhf.evaluate import Gold, score_texts
@@ -50,7 +51,6 @@ from minirlhf.safefile import shown
 from minirlhf.templates import Template, get_template
 from minirlhf.tokenizer import Tokenizer
 
-DEFAULT_REWARD = "runs/rm/final"
 VALIDATION = 2048  # records that the built-in task adds for validation
 JUDGED = 512  # prompts that the built-in task's pairs are drawn from at once, two answers each
 OWN = 256  # answers of the starting model that rm.normalize asks for

@@ -17,7 +17,7 @@ import pytest
 import torch
 from faults import disk_calls, failing, recorded
 
-from minirlhf import checkpoint
+from minirlhf import checkpoint, run
 from minirlhf.config import PPOConfig, RMConfig, SFTConfig, load_config
 from minirlhf.engine import Engine
 from minirlhf.errors import UsageError
@@ -292,6 +292,34 @@ def test_another_machine_is_said(tmp_path, capsys):
     capsys.readouterr()
     assert stage(tmp_path / "x", "--run.resume", "true") == 0
     assert "resumed elsewhere: threads 77 -> " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["data.path", "model.path"])
+def test_a_resume_from_other_data_or_another_model_is_refused(source, tmp_path, capsys):
+    file = tmp_path / "from/model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"a" * 3000)
+    argv = [f"--{source}", str(file if source == "data.path" else file.parent)]
+    body = lambda config, run: main(config, Crash(run, 2))  # noqa: E731
+    assert stage(tmp_path / "x", *argv, body=body) == -1
+    for changed in (b"a" * 2999 + b"b", b"a" * 3001, b""):
+        file.write_bytes(changed)
+        assert stage(tmp_path / "x", *argv, "--run.resume", "true") == 2
+        assert f"{argv[1]} is not what it was when" in capsys.readouterr().err
+    file.write_bytes(b"a" * 3000)
+    assert stage(tmp_path / "x", *argv, "--run.resume", "true") == 0
+
+
+def test_of_a_large_file_the_ends_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ENDS", 4)
+    path = tmp_path / "d.jsonl"
+    config = load_config(SFTConfig, ["--data.path", str(path)])
+    path.write_text("1234....7890")
+    (known,) = run.sources(config).items()
+    for other, same in (("1234.xx.7890", True), ("1x34....7890", False), ("1234....78x0", False)):
+        path.write_text(other)
+        assert (list(run.sources(config).items()) == [known]) == same
+    assert known[0] == str(path)
 
 
 def test_the_best_checkpoint_stays(tmp_path):

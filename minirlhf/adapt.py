@@ -31,6 +31,7 @@ from minirlhf.lora import (
     get_adapter,
     load_adapter,
     merge_adapter,
+    respelled,
     save_adapter,
     target_modules,
 )
@@ -128,13 +129,18 @@ def _under_a_head(
     return kind(load_causal_lm(base, device=device).trunk, rng=generator(0, "head"))
 
 
-def write_model(folder: Path, model: CausalLM | ScalarModel, tokenizer: Any = None) -> dict[str, Any]:
+def write_model(
+    folder: Path,
+    model: CausalLM | ScalarModel,
+    tokenizer: Any = None,
+    stop_token_id: int | None = None,  # as `save_pretrained` takes it
+) -> dict[str, Any]:
     """A Hugging Face folder, or of a view the PEFT folder of its adapter; returns what `minirlhf.json` should say."""
     if isinstance(model, SharedValueModel) and list(adapters(model.policy)):
         model = _own_adapter(model)
     names = list(adapters(model))
     if not names:
-        save_pretrained(model, folder, tokenizer=tokenizer)
+        save_pretrained(model, folder, tokenizer=tokenizer, stop_token_id=stop_token_id)
         return {}
     save_adapter(model, names[0], folder)
     if tokenizer is not None:
@@ -182,7 +188,7 @@ def adapted(model: CausalLM, config: Any, owner: Any) -> Any:
     """
     lora = config.lora
     if LOADED in adapters(model):
-        _check_same(lora, get_adapter(model, LOADED).config, config.model.path)
+        _check_same(lora, model, config.model.path)
         copy_adapter(model, LOADED, TRAINED, to=owner)
     else:
         add_adapter(owner, TRAINED, _new(lora, owner), rng=generator(config.run.seed, "lora"))
@@ -210,9 +216,10 @@ def _new(lora: LoRASection, owner: Any) -> LoRAConfig:
     return LoRAConfig(lora.r, lora.alpha, lora.dropout, targets, lora.rslora)
 
 
-def _check_same(lora: LoRASection, its: LoRAConfig, path: str) -> None:
+def _check_same(lora: LoRASection, model: CausalLM, path: str) -> None:
     """What is said of the adapter is what it is; what is left at its default asks nothing."""
-    asked = _new(lora if lora.r else replace(lora, r=its.r), None)
+    its = get_adapter(model, LOADED).config
+    asked = respelled(model, _new(lora if lora.r else replace(lora, r=its.r), None))
     for name in ("r", "alpha", "targets", "rslora"):
         said = getattr(lora, name)
         if said != getattr(LoRASection(), name) and getattr(asked, name) != getattr(its, name):

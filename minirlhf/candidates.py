@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> str:
     return ", ".join(f"{n} {what}" for what, n in counts.items() if n)
 
 
-@tool()
+@tool(options=("template",))
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     args = parse(argv)

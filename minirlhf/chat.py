@@ -224,7 +224,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options(parser, argv, greedy=True)
 
 
-@tool()
+@tool(options=("template",))
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     args = parse(argv)

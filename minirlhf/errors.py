@@ -1,6 +1,7 @@
 """The errors a user can cause, each with the exit code of the scripts. One line: what, where, what to do."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -41,7 +42,10 @@ class NonFiniteError(FloatingPointError):
     exit_code = 5
 
 
-def tool(os_error: int = 4) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def tool(
+    os_error: int = 4,
+    options: tuple[str, ...] = (),  # settings of the section data that are options here, `--template`
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """For the `main` of a tool: a mistake is one line on stderr and its exit code, never a traceback."""
 
     def around(main: Callable[..., int]) -> Callable[..., int]:
@@ -64,6 +68,8 @@ def tool(os_error: int = 4) -> Callable[[Callable[..., int]], Callable[..., int]
                     silence()
             except KeyboardInterrupt:
                 return 130
+            for name in options:  # as a word of its own, not as a part of a path
+                words = re.sub(rf"(?<!\S)data\.{name}(?![\w.:/])", f"--{name}", words)
             print("error: " + " ".join(words.split()), file=sys.stderr)  # noqa: T201
             return code
 

@@ -22,7 +22,8 @@ class Family:
     switches: dict[str, Any]  # ModelConfig fields that the family decides, unless config.json states them
     fields: Fields  # ModelConfig field -> (spellings, the one written first; default)
     fixed: dict[str, Any]  # settings of config.json served at this value only, which is also their default
-    head: str = "lm_head"
+    head: str = "lm_head"  # its name in the files of models
+    peft_head: str = "lm_head"  # and the module's in transformers 5, by which PEFT's files go; `head` is that of 4
     layers: str = "layers.N"  # their name of block N
     special: dict[str, int | None] = field(default_factory=dict)  # special token ids when config.json is silent
 
@@ -295,7 +296,7 @@ SWITCHES = {  # what a family that is silent gets
     "tied": False,
     "qkv": "split",
 }
-ACTIVATIONS = {  # config.json spelling -> ours; writing takes the family's default if it fits, or the first that does
+SPELLINGS = {  # config.json spelling -> ours; writing takes the family's default if it fits, or the first that does
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",

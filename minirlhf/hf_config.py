@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from minirlhf.architecture import DROPOUTS, ModelConfig
 from minirlhf.errors import CheckpointError, UsageError
-from minirlhf.families import ACTIVATIONS, FAMILIES, Family
+from minirlhf.families import FAMILIES, SPELLINGS, Family
 from minirlhf.safefile import shown
 
 MAX_SIZE = 1 << 26  # of any one dimension
@@ -43,6 +43,7 @@ NEUTRAL = {  # settings of no family, served at this value only
     "rope_interleaved": False,
 }
 WINDOWED = ("qwen2", "qwen3")
+EVEN = ("llama", "gpt_neox")  # transformers 5 refuses these where n_head does not divide d_model, whatever head_dim is
 WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 ROPE_KEYS = {  # rope type -> its settings
     "default": (),
@@ -70,9 +71,9 @@ def parse_config(
         name, value = _one_of(raw, spellings, default, refuse)
         found[field] = _typed(field, name, value, refuse)
     if "activation" in found:
-        if found["activation"] not in ACTIVATIONS:
-            refuse(f"activation {shown(found['activation'])} is not supported; one of {', '.join(ACTIVATIONS)}")
-        found["activation"] = ACTIVATIONS[found["activation"]]
+        if found["activation"] not in SPELLINGS:
+            refuse(f"activation {shown(found['activation'])} is not supported; one of {', '.join(SPELLINGS)}")
+        found["activation"] = SPELLINGS[found["activation"]]
     found |= _special_ids(raw, family, found["vocab_size"], refuse)
     if family_name in WINDOWED:
         found |= _windows(raw, found["n_layer"], refuse)
@@ -224,11 +225,16 @@ def _rope_settings(raw: dict[str, Any], family_name: str, refuse: Refuse) -> dic
 def render_config(config: ModelConfig) -> dict[str, Any]:
     """What config.json must say to describe this architecture; UsageError where the family's format cannot."""
     family = FAMILIES[config.family]
+    if config.family in EVEN and config.d_model % config.n_head:
+        raise UsageError(
+            f"model.d_model {config.d_model} is not a multiple of model.n_head {config.n_head}, which transformers "
+            f"asks of {config.family} folders, with a head_dim ({config.head_dim}) too"
+        )
     raw: dict[str, Any] = {"model_type": config.family} | family.fixed
     for field, (spellings, usual) in family.fields.items():
         value = getattr(config, field)
         if field == "activation":
-            value = next(theirs for theirs in (usual, *ACTIVATIONS) if ACTIVATIONS[theirs] == value)
+            value = next(theirs for theirs in (usual, *SPELLINGS) if SPELLINGS[theirs] == value)
         raw[spellings[0]] = value
     if config.family == "opt":
         raw["word_embed_proj_dim"] = config.d_model

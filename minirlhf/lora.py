@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirlhf.errors import CheckpointError, UsageError
+from minirlhf.families import FAMILIES
 from minirlhf.lora_config import ALL, AdapterFolder, LoRAConfig, match_targets, read_adapter, write_adapter
 from minirlhf.safefile import FLOATS, TensorFile, write_tensors
 
@@ -166,7 +167,7 @@ def add_adapter(model: Model, name: str, config: LoRAConfig, *, rng: torch.Gener
 
     The adapter of a reward or value model has its own copy of the score head.
     """
-    layers = _own_score(model)
+    layers, config = _own_score(model), respelled(model, config)
     for path in target_modules(model, config.targets):
         weight = model.get_submodule(path).weight  # (n_out, n_in)
         layer = _blank(weight, config, weight.device if rng is None else rng.device)
@@ -259,11 +260,25 @@ def freeze_base(model: Model) -> None:
 
 def target_modules(model: Model, targets: tuple[str, ...] | str) -> dict[str, str]:
     """Our path → Hugging Face path of each targeted linear layer; UsageError where an entry matches none."""
-    ours = {theirs: path for path, theirs in model.module_names().items()}
+    ours = {theirs: path for path, theirs in peft_names(model).items()}
     linear = [theirs for theirs, path in ours.items() if isinstance(model.get_submodule(path), nn.Linear)]
     able = [theirs for theirs in linear if ours[theirs] != SCORE]
     heads = [theirs for theirs in able if ours[theirs] == "head"]
     return {ours[theirs]: theirs for theirs in match_targets(targets, ours, able, heads)}
+
+
+def peft_names(model: Model) -> dict[str, str]:
+    """Our path of every module with weights → its path in a PEFT folder."""
+    names = model.module_names()
+    return names | {"head": FAMILIES[model.config.family].peft_head} if "head" in names else names
+
+
+def respelled(model: Model, config: LoRAConfig) -> LoRAConfig:
+    """The targets with the head under its name of today, where they have that of transformers 4."""
+    family, targets = FAMILIES[model.config.family], config.targets
+    if isinstance(targets, str):
+        return replace(config, targets=targets.replace(family.head, family.peft_head))
+    return replace(config, targets=tuple(entry.replace(family.head, family.peft_head) for entry in targets))
 
 
 def _blank(weight: Tensor, config: LoRAConfig, device: torch.device | str) -> LowRank:  # weight (n_out, n_in)
@@ -295,9 +310,8 @@ def _attach(model: Model, name: str, adapter: Adapter) -> None:
 # ---- PEFT folders ---------------------------------------------------------------------------------------------------
 
 
-def stored(model: Model, adapter: Adapter) -> dict[str, Tensor]:
+def stored(adapter: Adapter, names: dict[str, str]) -> dict[str, Tensor]:  # names: our path → theirs
     """What the tensor file of a PEFT folder calls them → tensors."""
-    names = model.module_names()
     found = ((names[where], layer) for where, layer in adapter.by_path().items())
     return {f"{PREFIX}{theirs}.{key}": t for theirs, layer in found for key, t in layer.tensors().items()}
 
@@ -308,7 +322,7 @@ def save_adapter(model: Model, name: str, path: str | Path, *, base: str | None 
     task, base = "SEQ_CLS" if scored else "CAUSAL_LM", adapter.base if base is None else base
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / TENSORS, stored(model, adapter))
+        write_tensors(folder / TENSORS, stored(adapter, peft_names(model)))
         said = AdapterFolder(adapter.config, task, base, scored)
         write_adapter(folder, said, transposed=model.config.family == "gpt2")
     except OSError as e:
@@ -324,29 +338,36 @@ def load_adapter(model: Model, path: str | Path, name: str) -> None:
     said, folder, layers = read_adapter(path), Path(path), _own_score(model)
     if said.has_score and not layers:
         raise CheckpointError(f"{folder}: holds the score head of a reward model (SEQ_CLS), and this model has none")
+    config = respelled(model, said.config)
     try:
-        targets = target_modules(model, said.config.targets)
+        targets = target_modules(model, config.targets)
     except UsageError as e:
         raise CheckpointError(f"{folder}: {e}") from e
-    layers |= {where: _blank(model.get_submodule(where).weight, said.config, "meta") for where in targets}
-    adapter = Adapter(said.config, layers, said.base)
+    layers |= {where: _blank(model.get_submodule(where).weight, config, "meta") for where in targets}
+    adapter = Adapter(config, layers, said.base)
     left_out = set() if said.has_score else {f"{PREFIX}score.weight"}
-    shapes = {key: tuple(t.shape) for key, t in stored(model, adapter).items() if key not in left_out}
-    file = _checked_file(folder, shapes)
+    file = _tensor_file(folder)
+    old = f"{PREFIX}{FAMILIES[model.config.family].head}.lora_A.weight" in file.entries
+    names = model.module_names() if old else peft_names(model)
+    shapes = {key: tuple(t.shape) for key, t in stored(adapter, names).items() if key not in left_out}
+    _check_entries(file, shapes)
     for where in targets:
         layers[where].to_empty(device=model.get_submodule(where).weight.device)
-    tensors = stored(model, adapter)
+    tensors = stored(adapter, names)
     for key in shapes:
         if not tensors[key].is_meta:
             file.read(key, tensors[key].data)
     _attach(model, name, adapter)
 
 
-def _checked_file(folder: Path, shapes: dict[str, tuple[int, ...]]) -> TensorFile:
-    """The tensor file of a folder, if it holds these names in these shapes and no others."""
+def _tensor_file(folder: Path) -> TensorFile:
     if not (folder / TENSORS).exists() and (folder / PICKLE).exists():
         raise CheckpointError(f"{folder / PICKLE}: a pickle, which is never opened; convert it to {TENSORS}")
-    file = TensorFile(folder / TENSORS)
+    return TensorFile(folder / TENSORS)
+
+
+def _check_entries(file: TensorFile, shapes: dict[str, tuple[int, ...]]) -> None:
+    """The file holds these names in these shapes and no others."""
     for key in sorted(shapes.keys() ^ file.entries.keys()):
         what = "is missing" if key in shapes else "belongs to nothing that adapter_config.json and the model name"
         raise CheckpointError(f"{file.path}: tensor {key!r} {what}")
@@ -355,4 +376,3 @@ def _checked_file(folder: Path, shapes: dict[str, tuple[int, ...]]) -> TensorFil
             raise CheckpointError(f"{file.path}: tensor {key!r} is {entry.shape}; model and r ask for {shapes[key]}")
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{file.path}: tensor {key!r} is {entry.dtype}, not floating")
-    return file

@@ -23,23 +23,25 @@ from typing import Any
 
 from minirlhf.errors import DataError, UsageError, tool
 from minirlhf.formats import read_records
+from minirlhf.readers import LARGEST
 from minirlhf.rows import Bad, Source, json_rows
 
 Row = dict[str, Any]
 K_FACTOR, SCALE, START = 32.0, 400.0, 1000.0  # of Elo 1978, section 1.6 and 8.4
 
 
-def rows_of(path: str) -> list[Row]:
-    """The JSON objects of a file, one a line. Raises DataError `PATH:LINE: what` for the first that is none."""
-    rows = []
+def rows_of(path: str) -> tuple[list[Row], list[str]]:
+    """The JSON objects of a file, one a line, and the PATH:LINE of each. Raises DataError for a line that is none."""
+    rows, places = [], []
     with Source(path) as source:
         for line, row in json_rows(source, source.lines()):
             if isinstance(row, Bad):
                 raise DataError(f"{path}:{line}: {row}")
             rows.append(row)
+            places.append(f"{path}:{line}")
     if not rows:
         raise DataError(f"{path}: holds no row")
-    return rows
+    return rows, places
 
 
 def mix(sources: Sequence[tuple[Sequence[Row], float]], *, by: str, cap: int, seed: int) -> list[Row]:
@@ -57,16 +59,27 @@ def mix(sources: Sequence[tuple[Sequence[Row], float]], *, by: str, cap: int, se
     return mixed
 
 
-def split(rows: Sequence[Row], *, by: str, share: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split(
+    rows: Sequence[Row],
+    *,
+    by: str,
+    share: float,
+    seed: int,
+    places: Sequence[str] = (),  # PATH:LINE of each row, for errors
+) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows. All rows with one value of the field `by` go the same way, in this file and in any
     other, so that nothing of a user or of a prompt leaks. Raises DataError for a row without it."""
     kept: tuple[list[Row], list[Row]] = [], []
-    for place, row in enumerate(rows):
+    for i, row in enumerate(rows):
         if by not in row:
-            raise DataError(f"row {place + 1}: has no field {by!r} to split by")
+            raise DataError(f"{_place(places, i)}: has no field {by!r} to split by")
         digest = hashlib.sha256(f"{seed}/{json.dumps(row[by], sort_keys=True)}".encode()).digest()
         kept[int.from_bytes(digest[:8], "big") < share * 2**64].append(row)
     return kept
+
+
+def _place(places: Sequence[str], i: int) -> str:
+    return places[i] if places else f"row {i + 1}"
 
 
 Game = tuple[str, str, str]  # prompt, better answer, worse answer
@@ -92,18 +105,26 @@ def conflicts(played: Iterable[Game]) -> list[Row]:
 
 
 def _is_number(x: Any) -> bool:
-    return type(x) in (int, float) and abs(x) <= sys.float_info.max
+    return type(x) in (int, float) and abs(x) <= LARGEST
 
 
-def pairs(rows: Sequence[Row], *, margin: float) -> list[Row]:
+def pairs(
+    rows: Sequence[Row],
+    *,
+    margin: float,
+    places: Sequence[str] = (),  # PATH:LINE of each row, for errors
+) -> list[Row]:
     """Scored answers → for each prompt every pair whose scores differ by more than `margin`, and by how much."""
     answers: dict[str, dict[str, float]] = defaultdict(dict)
-    for place, row in enumerate(rows):
+    for i, row in enumerate(rows):
+        place = _place(places, i)
         prompt, response, score = (row.get(name) for name in ("prompt", "response", "score"))
         if not isinstance(prompt, str) or not isinstance(response, str) or not _is_number(score):
-            raise DataError(f"row {place + 1}: needs prompt, response and a number as score, as minirlhf.score gives")
+            raise DataError(
+                f"{place}: needs prompt, response and a number up to {LARGEST:.0e} as score, as minirlhf.score gives"
+            )
         if answers[prompt].setdefault(response, float(score)) != score:  # type: ignore[arg-type]
-            raise DataError(f"row {place + 1}: the same answer to the same prompt had another score before")
+            raise DataError(f"{place}: the same answer to the same prompt had another score before")
     found = []
     for prompt, scores in answers.items():
         for (a, x), (b, y) in combinations(scores.items(), 2):
@@ -157,10 +178,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--share", type=float, default=0.1, help="of the groups that are held out (default 0.1)")
     add("--train", required=True, metavar="OUT", help="file to write")
     add("--held_out", required=True, metavar="OUT", help="file to write")
-    command("conflicts", "pairs that were judged both ways")
     add = command("pairs", "pairs of scored answers with their margins")
     add("--margin", type=float, default=0.0, help="scores must differ by more (default 0)")
-    command("elo", "ratings of ranked answers")
+    for name, words in (("conflicts", "pairs that were judged both ways"), ("elo", "ratings of ranked answers")):
+        add = command(name, words)
+        add("--format", default="auto", help="the file's format (default: told from its rows)")
+        add("--on_bad_row", default="error", choices=("error", "drop"), help="what a bad row does (default error)")
     args = parser.parse_args(argv)
     if args.command == "split" and Path(args.train).resolve() == Path(args.held_out).resolve():
         parser.error("--train and --held_out are the same file")
@@ -173,21 +196,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> tuple[list[Row], str]:
     """Rows for stdout, and what there is to say about them."""
     if args.command == "mix":
-        sources = [(rows_of(path), weight) for path, weight in map(weighted, args.files)]
+        sources = [(rows_of(path)[0], weight) for path, weight in map(weighted, args.files)]
         if args.by and not any(args.by in row for rows, _ in sources for row in rows):
             raise DataError(f"no row of {', '.join(args.files)} has a field {args.by!r} to count by")
         mixed = mix(sources, by=args.by, cap=args.cap, seed=args.seed)
         return mixed, f"{len(mixed)} of {sum(len(rows) for rows, _ in sources)} rows"
     if args.command == "split":
-        both = split(rows_of(args.files), by=args.by, share=args.share, seed=args.seed)
-        for path, rows in zip((args.train, args.held_out), both, strict=True):
+        rows, places = rows_of(args.files)
+        both = split(rows, by=args.by, share=args.share, seed=args.seed, places=places)
+        for path, part in zip((args.train, args.held_out), both, strict=True):
             with open(path, "w", encoding="utf-8") as out:
-                out.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+                out.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in part)
         return [], f"{len(both[0])} rows in {args.train}, {len(both[1])} in {args.held_out}"
     if args.command == "pairs":
-        made = pairs(rows_of(args.files), margin=args.margin)
+        rows, places = rows_of(args.files)
+        made = pairs(rows, margin=args.margin, places=places)
         return made, f"{len(made)} pairs"
-    records, _ = read_records(args.files)
+    records, _ = read_records(args.files, format=args.format, on_bad_row=args.on_bad_row)
     if not records or not hasattr(records[0], "ranks"):
         raise DataError(f"{args.files}: holds no preferences")
     played = list(games(records))
@@ -195,7 +220,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], str]:
     return found, f"{len(found)} {'conflicts' if args.command == 'conflicts' else 'answers'} in {len(played)} pairs"
 
 
-@tool(os_error=UsageError.exit_code)
+@tool(os_error=UsageError.exit_code, options=("format", "on_bad_row"))
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     args = parse(argv)

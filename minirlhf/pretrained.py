@@ -56,7 +56,8 @@ def load_causal_lm(path: Path_, *, dtype: torch.dtype = torch.float32, device: t
 def load_reward_model(
     path: Path_, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> RewardModel:
-    """A reward model, in evaluation mode."""
+    """A reward model, in evaluation mode, with the scores of its head: what rm.normalize found is in `minirlhf.json`,
+    which `stage.load` reads, and so score.py, PPO and `score.reward_of` give normalized ones."""
     return _load(RewardModel, Path(path), dtype, device)
 
 
@@ -294,14 +295,26 @@ def _spelling(token: object) -> str | None:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def save_pretrained(model: CausalLM | ScalarModel, path: Path_, *, tokenizer: Any = None) -> None:
-    """A folder that transformers loads as it is; with a tokenizer, its files and its ids of special tokens too."""
+def save_pretrained(
+    model: CausalLM | ScalarModel,
+    path: Path_,
+    *,
+    tokenizer: Any = None,
+    stop_token_id: int | None = None,  # the token that ends an answer, where it is not the tokenizer's EOS
+) -> None:
+    """A folder that transformers loads as it is; with a tokenizer, its files and its ids of special tokens too.
+
+    Of EOS it then says all that end an answer: those of a list that was loaded, the tokenizer's and the stop token.
+    """
     folder, config = Path(path), model.config
     raw = render_config(config) | {"dtype": _dtype_name(model), "torch_dtype": _dtype_name(model)}
     if tokenizer is not None:
         if tokenizer.vocab_size > config.vocab_size:
             raise UsageError(f"{tokenizer.vocab_size} tokens, but the model's embedding has {config.vocab_size} rows")
+        listed = config.eos_token_id if isinstance(config.eos_token_id, tuple) else ()
         raw |= {key: getattr(tokenizer, key.replace("_token", "")) for key in SPECIAL}
+        ends = list(dict.fromkeys(i for i in (*listed, raw["eos_token_id"], stop_token_id) if i is not None))
+        raw["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     if isinstance(model, CausalLM):
         raw["architectures"] = [FAMILIES[config.family].lm_class]
     else:

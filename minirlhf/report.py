@@ -36,6 +36,8 @@ TILES = (  # metric, key of evaluation.json, words
     ("val/loss", "", "validation loss"),
     ("loss", "", "training loss"),
 )
+DRAWN = 1e40  # of larger numbers no figure can be made, and fp32 holds none
+LAST_STEP = 2**53  # the figures' numbers are floats
 EMPTY = '<span class="empty">(empty)</span>'
 NO_FIGURES = "figures need matplotlib: pip install 'minirlhf[report]'"
 
@@ -64,10 +66,10 @@ class RunFiles(NamedTuple):
 def read_run(folder: Path) -> RunFiles:
     """Read a run's folder; torn and damaged lines are skipped, a folder without metrics is refused."""
     path = folder / "metrics.jsonl"
-    lines = {r["step"]: r for r in _lines(path) if type(r.get("step")) is int}
+    lines = {r["step"]: r for r in _lines(path) if _has_step(r)}
     if not lines:
         raise DataError(f"{path}: no metrics; give the folder of a run that has taken a step")
-    memory = {r["step"]: r for r in _lines(folder / "memory.jsonl") if type(r.get("step")) is int}
+    memory = {r["step"]: r for r in _lines(folder / "memory.jsonl") if _has_step(r)}
     metrics = [memory.get(step, {}) | lines[step] for step in sorted(lines)]
     names = ("config", "environment", "evaluation", "probe")
     config, environment, evaluation, probe = (_object(folder / f"{name}.json") for name in names)
@@ -85,6 +87,11 @@ def _lines(path: Path) -> list[Record]:
         return read_lines(path)
     except RecursionError as e:
         raise DataError(f"{path}: a line is nested too deeply; it was not written by a run") from e
+
+
+def _has_step(record: Record) -> bool:
+    step = record.get("step")
+    return type(step) is int and abs(step) <= LAST_STEP
 
 
 def _object(path: Path) -> Record:
@@ -111,10 +118,7 @@ def traces(run: RunFiles) -> Traces:
 
 
 def _finite(x: float | None) -> float:
-    try:
-        return float(x) if x is not None and math.isfinite(x) else math.nan
-    except OverflowError:  # an integer beyond every float
-        return math.nan
+    return float(x) if x is not None and abs(x) <= DRAWN else math.nan
 
 
 def _value(record: Any, key: str) -> Any:
@@ -198,7 +202,7 @@ def samples(run: RunFiles) -> str:
     """The same prompts side by side, one column per step."""
     answers: dict[str, dict[int, Record]] = {}
     for record in run.samples:
-        if isinstance(record.get("prompt"), str) and type(record.get("step")) is int:
+        if isinstance(record.get("prompt"), str) and _has_step(record):
             answers.setdefault(record["prompt"], {}).setdefault(record["step"], record)
     steps = sorted({step for by_step in answers.values() for step in by_step})
     if not steps:

@@ -108,7 +108,10 @@ def json_rows(source: Source, lines: Iterator[bytes]) -> Iterator[tuple[int, dic
     """(line number, object or Bad) of JSON lines."""
     decoder = _Decoder()
     for number, text in text_rows(source, lines):
-        yield number, text if isinstance(text, Bad) else decoder.whole(text)
+        if isinstance(text, Bad):
+            yield number, text
+        elif text.strip(SPACE):  # a line of tabs is a row in TSV alone
+            yield number, decoder.whole(text)
 
 
 def _decoded(source: Source, line: bytes) -> str | Bad:

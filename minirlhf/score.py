@@ -21,10 +21,11 @@ import torch
 
 from minirlhf.chat import open_folder
 from minirlhf.data import encode_lists
-from minirlhf.errors import DataError, NonFiniteError, tool
+from minirlhf.errors import DataError, NonFiniteError, UserError, tool
 from minirlhf.evaluate import ranking_accuracy, score_sequences, text_ids
 from minirlhf.formats import read_records
 from minirlhf.pretrained import load_reward_model
+from minirlhf.records import asked
 
 
 def reward_of(folder: str, *, template: str = "", device: str = "cpu") -> Callable[..., list[float]]:
@@ -68,18 +69,20 @@ def answers(record: Any) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def scored(loaded: Any, records: Sequence[Any], device: str) -> list[dict[str, Any]]:
+def scored(loaded: Any, records: Sequence[Any], device: str, path: str) -> list[dict[str, Any]]:
     """One line per answer; an answer that is longer than the model reads is refused."""
     lines, sequences = [], []
     for record in records:
-        context = getattr(record, "context", ()) or record.prompt
-        prompt = loaded.template.prompt_ids(loaded.tokenizer, context)
+        try:
+            prompt = loaded.template.prompt_ids(loaded.tokenizer, asked(record))
+        except UserError as e:  # turns that the template has no place for
+            raise type(e)(f"{path}:{record.line}: {e}") from e
         for line in answers(record):
             ids = prompt + loaded.template.response_ids(loaded.tokenizer, line["response"])
             if len(ids) > loaded.model.config.max_seq_len:
                 raise DataError(
-                    f"line {record.line}: {len(ids)} tokens, more than the model's {loaded.model.config.max_seq_len}; "
-                    f"shorten the row or leave it out"
+                    f"{path}:{record.line}: {len(ids)} tokens, more than the model's "
+                    f"{loaded.model.config.max_seq_len}; shorten the row or leave it out"
                 )
             lines.append(line)
             sequences.append(ids)
@@ -106,7 +109,7 @@ def summary(loaded: Any, records: Sequence[Any], lines: Sequence[dict[str, Any]]
     return words
 
 
-@tool(os_error=DataError.exit_code)
+@tool(os_error=DataError.exit_code, options=("format", "on_bad_row", "template"))
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; a mistake is one line on stderr and its exit code."""
     parser = argparse.ArgumentParser(prog="python -m minirlhf.score", allow_abbrev=False)
@@ -126,10 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     loaded = open_folder(args.folder, load_reward_model, template=args.template, device=args.device)
     records, found = read(args)
-    try:
-        lines = scored(loaded, records, args.device)
-    except DataError as e:
-        raise DataError(f"{args.path}: {e}") from e
+    lines = scored(loaded, records, args.device, args.path)
     if not lines:
         raise DataError(f"{args.path}: holds no answers to score")
     for line in lines:

@@ -135,7 +135,7 @@ def ppo_optimizer(roles: Roles, config: Any) -> tuple[dict[str, Any], torch.opti
 
 def save(folder: Path, model: CausalLM | ScalarModel, tokenizer: Tokenizer, template: Template, **meta: Any) -> None:
     """A Hugging Face folder, or the PEFT folder of what was trained of it, with `minirlhf.json`."""
-    found = write_model(folder, model, tokenizer)
+    found = write_model(folder, model, tokenizer, template.stop_token_id(tokenizer))
     write_json(folder / META, {"template": template.name, "template_sha256": template.sha256, **meta, **found})
 
 

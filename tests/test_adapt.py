@@ -337,6 +337,15 @@ def test_settings_unlike_the_adapter_are_refused(folders):
         SFTConfig(lora=LoRASection(targets=("q_proj",))).check()
 
 
+def test_the_old_name_of_a_head_may_be_said_again(tmp_path):
+    """One config for every stage, with the name that transformers 4 had for the head of gpt_neox."""
+    save_pretrained(lm(family="gpt_neox"), tmp_path / "base", tokenizer=WORDS)
+    targets = {"r": 2, "targets": ("query_key_value", "embed_out")}
+    write_model(tmp_path / "sft", sft_model(lm(family="gpt_neox"), SFTConfig(**section(tmp_path / "base", **targets))))
+    start = open_model(tmp_path / "sft", load_causal_lm, "cpu")
+    assert "head" in adapters(sft_model(start, SFTConfig(**section(tmp_path / "sft", **targets))))[TRAINED].by_path()
+
+
 def test_targets_by_name_and_by_expression(folders):
     def paths(*targets):
         model = lm()

@@ -52,6 +52,13 @@ def talk(monkeypatch, capsys, folders):
     return run
 
 
+def test_a_template_is_named_by_its_option(talk):
+    for name, words in (("nowhere", "nowhere: unknown; choose"), ("data.template.json", "data.template.json: ")):
+        code, out, err = talk(FILM, "--template", name)
+        assert (code, out) == (2, [])
+        assert err.startswith(f"error: --template {words}")
+
+
 def test_a_line_in_an_answer_out(talk):
     code, out, err = talk(f"{FILM}\n{HOTEL}\n\n")
     assert (code, len(out), err) == (0, 2, "")

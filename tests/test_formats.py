@@ -355,6 +355,14 @@ def test_lines_that_are_no_rows(tmp_path, line, reason):
     assert summary.reasons == {reason: 1}
 
 
+def test_lines_of_white_space_are_no_rows_of_json(tmp_path):
+    path = write(tmp_path, b'{"text": "a"}\n\t\n \t \r\n  \n{"text": "b"}\n')
+    records, summary = read_records(path)
+    assert ([r.line for r in records], summary.read) == ([1, 5], 2)
+    with pytest.raises(DataError, match=r"x\.tsv:2: column 1: empty_response"):  # there it has two columns
+        read_records(write(tmp_path, b"a\tb\n\t\nc\td\n", "x.tsv"))
+
+
 def test_a_pair_of_surrogates_is_a_character(tmp_path):
     assert read_records(write(tmp_path, b'{"text": "\\ud83d\\ude00\\u2028"}'))[0][0].response == "\U0001f600\u2028"
 

@@ -20,6 +20,7 @@ import pytest
 
 from minirlhf.formats import read_records
 from minirlhf.label import agreement, store
+from minirlhf.label.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -689,6 +690,41 @@ def test_exports_are_what_the_reward_model_reads(tmp_path):
     assert label(path, "--export", "tsv", "--out", out)[0] == 3
 
 
+@pytest.mark.parametrize("ranks", [[1, 2], [1, 0, 2]])
+def test_a_tsv_has_lists_of_one_length(ranks, tmp_path, capsys):
+    path, out = tmp_path / "labels.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (LABELS[0], labelled("v", ranks))))
+    assert main([str(path), "--export", "tsv", "--out", str(out)]) == 3
+    assert capsys.readouterr().err.startswith(f"error: {path}: task v: 2 ranked answers, the first has 3")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": "\ud800"}, {"responses": ["a", "\udfff"]}, {"annotator": "\ud800"}, {"task": "\ud800"},
+     {"repeat_of": ["x"]}, {"repeat_of": None}, {"ms": 10**400}, {"ms": -1}, {"responses": {"a": 1, "b": 2}},
+     {"responses": "ab"}],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["--agreement", "--export=ranked", "--export=pairs", "--export=tsv"])
+def test_lines_that_the_page_did_not_write(command, change, tmp_path, capsys):
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (LABELS[0], labelled("v", [1, 2]) | change)))
+    assert main([str(path), command, "--out", str(tmp_path / "out")]) == 3
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert said.err.startswith(f"error: {path}:2: ")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path, capsys):
+    path, out = tmp_path / "labels.jsonl", tmp_path / "out"
+    path.write_text(json.dumps(LABELS[0]) + "\n")
+    out.mkdir()
+    assert main([str(path), "--export", "ranked", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [path, out]
+
+
 # ---- agreement ------------------------------------------------------------------------------------------------------
 
 
@@ -726,7 +762,9 @@ def test_agreement_of_labels(tmp_path):
     code, out, _ = label(path, "--agreement")
     with path.open("a") as f:
         f.write(json.dumps(labelled("x", [1, 2, 3, 4], "eve")) + "\n")
-    assert label(path, "--agreement")[0] == 3
+    found, _, err = label(path, "--agreement")
+    assert found == 3
+    assert err.startswith(f"error: {path}: one task was ranked as")
     assert code == 0
     found = json.loads(out)
     assert (found["labels"], found["skipped"], found["shared_tasks"]) == (7, 1, 2)

@@ -121,6 +121,31 @@ def test_round_trip(kind, family, tmp_path):
                                             kind is not CausalLM)  # fmt: skip
 
 
+@pytest.mark.parametrize("head", ["embed_out", "lm_head"])
+@pytest.mark.parametrize("targets", [lambda head: ("query_key_value", head), lambda head: f".*(value|{head})"])
+def test_both_names_of_the_head_of_gpt_neox(head, targets, tmp_path):
+    """transformers 4 calls the module `embed_out`, and 5 `lm_head`, which is written."""
+    model = stirred(make(family="gpt_neox"), LoRAConfig(r=2, alpha=4, targets=targets(head)))
+    with use_adapter(model, "a"):
+        expected = model(IDS)
+    save_adapter(model, "a", tmp_path)
+    written, file = LoRAConfig(r=2, alpha=4, targets=targets("lm_head")), tmp_path / "adapter_model.safetensors"
+    assert read_adapter(tmp_path).config == written
+    tensors = load_file(file)
+    assert "base_model.model.lm_head.lora_A.weight" in tensors
+    theirs = {name.replace("lm_head", head): tensor for name, tensor in tensors.items()}
+    save_file(theirs, file)
+    edit(tmp_path, target_modules=targets(head))
+    again = make(family="gpt_neox")
+    load_adapter(again, tmp_path, "b")
+    with use_adapter(again, "b"):
+        assert torch.equal(again(IDS), expected)
+    assert again.adapters["b"].config == written
+    both = theirs | {name.replace("lm_head", "embed_out"): tensor for name, tensor in tensors.items()} | tensors
+    save_file({name: tensor.clone() for name, tensor in both.items()}, file)
+    refused(tmp_path, "lm_head.lora_A.weight' belongs to nothing", make(family="gpt_neox"))
+
+
 def test_the_base_is_saved_without_its_adapters(tmp_path):
     model = make()
     base = model(IDS)

@@ -109,6 +109,8 @@ def test_margins_by_hand():
         pairs([{"prompt": "p", "response": "a"}], margin=0.0)
     with pytest.raises(DataError, match="row 1: needs prompt, response and a number"):
         pairs([{"prompt": "p", "response": "a", "score": 10**400}], margin=0.0)
+    with pytest.raises(DataError, match=r"row 2: needs prompt, response and a number up to 1e\+30"):  # inf is no JSON
+        pairs([scored[0], {"prompt": "p", "response": "d", "score": -1.7e308}], margin=0.0)
 
 
 def test_elo_by_hand(tmp_path):
@@ -243,7 +245,7 @@ def test_limits_themselves_are_in_range(run):
     for share in ("0", "1"):
         assert run({"a.jsonl": rows(2)}, *SPLIT, "--share", share)[0] == 0
     assert run({}, "mix", "a.jsonl", "--cap", 2**31)[0] == 0
-    scored = [{"prompt": "p", "response": r, "score": s} for r, s in (("a", 0.0), ("b", 2e30))]
+    scored = [{"prompt": "p", "response": r, "score": s} for r, s in (("a", -1e30), ("b", 1e30))]
     assert run({"s.jsonl": scored}, "pairs", "s.jsonl", "--margin", "1e30")[2] == "1 pairs\n"
 
 
@@ -293,19 +295,23 @@ def test_weights_of_files(argument, expected):
         (["mix", "a.jsonl:0"], 2, "above 0"),
         (["mix", "bad.jsonl"], 3, "bad.jsonl:1: "),
         (["mix", "a.jsonl", "empty.jsonl"], 3, "empty.jsonl: holds no row"),
-        (["split", "a.jsonl", "--by", "user", "--train", "t", "--held_out", "h"], 3, "row 1: has no field 'user'"),
+        (["split", "a.jsonl", "--by", "user", "--train", "t", "--held_out", "h"], 3, " a.jsonl:1: has no field 'user'"),
         (["split", "a.jsonl", "--by", "prompt", "--train", "no/t", "--held_out", "h"], 2, "no/t: No such file"),
         (["mix", "a.jsonl", "--by", "tsak"], 3, "no row of a.jsonl has a field 'tsak'"),
-        (["pairs", "twice.jsonl"], 3, "row 2: the same answer to the same prompt had another score"),
+        (["pairs", "twice.jsonl"], 3, " twice.jsonl:3: the same answer to the same prompt had another score"),
         (["conflicts", "a.jsonl"], 3, "a.jsonl: holds no preferences"),
-        (["pairs", "a.jsonl"], 3, "row 1: needs"),
+        (["pairs", "a.jsonl"], 3, " a.jsonl:1: needs"),
+        (["elo", "unlike.jsonl"], 3, "unlike.jsonl:1: prompt: wrong_type (int, not text); --on_bad_row drop leaves"),
+        (["elo", "unlike.jsonl", "--format", "alpacca"], 2, "unlike.jsonl: --format alpacca is unknown; choose auto"),
+        (["conflicts", "unlike.jsonl", "--on_bad_row", "drop"], 3, "unlike.jsonl: holds no preferences"),
     ],
 )
 def test_mistakes_are_one_line(run, argv, code, words, tmp_path):
     (tmp_path / "bad.jsonl").write_text("[1, 2\n")
     (tmp_path / "empty.jsonl").write_text("")
     twice = [{"prompt": "p", "response": "a", "score": s} for s in (1, 5)]
-    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twice))
+    (tmp_path / "twice.jsonl").write_text("\n".join(json.dumps(row) + "\n" for row in twice))  # a blank line between
+    (tmp_path / "unlike.jsonl").write_text('{"prompt": 3, "chosen": "a", "rejected": "b"}\n')
     got, out, err = run({"a.jsonl": rows(2)}, *argv)
     assert (got, out) == (code, [])
     assert err.startswith("error: ")

@@ -146,6 +146,36 @@ def test_tokenizer_goes_along(tmp_path):
         save_pretrained(CausalLM(replace(config, vocab_size=2)), tmp_path, tokenizer=tokenizer)
 
 
+def test_every_token_that_ends_an_answer_is_said(tmp_path):
+    """A template's stop token beside the tokenizer's EOS, and a list that a folder had."""
+    tokenizer = Tokenizer.from_words(["<pad>", "<eos>", "<unk>", "a", "<|im_end|>", "c"])
+    config = replace(small(), vocab_size=tokenizer.vocab_size)
+    for listed, stop, expected in ((None, 4, [1, 4]), ((5, 1), None, [5, 1]), ((5, 1), 4, [5, 1, 4]), (3, 1, 1)):
+        model = CausalLM(replace(config, eos_token_id=listed))
+        save_pretrained(model, tmp_path, tokenizer=tokenizer, stop_token_id=stop)
+        assert read(tmp_path, "config.json")["eos_token_id"] == expected
+        assert read(tmp_path, "generation_config.json")["eos_token_id"] == expected
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    save_pretrained(CausalLM(config), tmp_path, tokenizer=tokenizer, stop_token_id=4)
+    save_pretrained(load_causal_lm(tmp_path), tmp_path / "again", tokenizer=Tokenizer.load(tmp_path))
+    assert read(tmp_path / "again", "generation_config.json")["eos_token_id"] == [1, 4]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_widths_that_transformers_refuses(family, tmp_path):
+    """llama asks of n_head that it divides d_model even with a head_dim; mistral, qwen2 and qwen3 do not."""
+    config = ModelConfig(family=family, vocab_size=V, n_layer=1, n_head=3, d_model=10, head_dim=4)
+    if family in ("mistral", "qwen2", "qwen3"):
+        save_pretrained(CausalLM(config), tmp_path)
+        assert load_causal_lm(tmp_path).config == config
+    elif family in ("llama", "gpt_neox"):
+        with pytest.raises(
+            UsageError, match=r"model\.d_model 10 is not a multiple of model\.n_head 3, .*head_dim \(4\)"
+        ):
+            save_pretrained(CausalLM(config), tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_that_refuses(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written"):

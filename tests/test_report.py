@@ -256,6 +256,16 @@ def test_odd_values(tmp_path):
     assert report.traces(report.read_run(folder)).series["a"][-1] == (2, 3.0)  # of a step done twice, the later line
 
 
+@needs_matplotlib
+def test_numbers_that_no_figure_holds_leave_gaps(tmp_path):
+    lines = [{"step": s, "objective/kl": x, "gold/score": x, "loss": x} for s, x in ((1, -1e308), (2, 1e308), (3, 7.0))]
+    folder = make_run(tmp_path / "run", metrics=[*lines, {"step": 10**400, "loss": 1.0}])
+    write_lines(folder / "memory.jsonl", [{"step": 10**400, "memory/process_mb": 1.0}])
+    write_lines(folder / "samples.jsonl", [{"step": -(10**400), "prompt": "p", "response": "r"}])
+    assert "step 3" in Outline(html_of(folder)).text
+    assert [y for _, y in report.traces(report.read_run(folder)).series["loss"] if y == y] == [7.0]
+
+
 def test_deep_nesting_is_refused_in_one_line(tmp_path, capsys):
     folder = make_run(tmp_path / "run")
     (folder / "samples.jsonl").write_text("[" * 200_000 + "\n")

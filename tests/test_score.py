@@ -100,7 +100,10 @@ def test_standard_input_is_a_file(run, folders, monkeypatch, capsys):  # noqa: F
     ("data", "code", "words"),
     [(b"", 3, "answers.jsonl"), (b'{"prompt": "a"}\n', 3, "no answers"),
      (b'{"prompt": "a", "response": 3}\n', 3, ":1:"),
-     (json.dumps({"prompt": FILM, "response": "great " * 60}).encode(), 3, "line 1")],
+     (json.dumps({"prompt": FILM, "response": "great " * 60}).encode(), 3, "answers.jsonl:1: 68 tokens"),
+     (json.dumps({"messages": [{"role": r, "content": "a"} for r in ("system", "user", "assistant")]}).encode(), 2,
+      "answers.jsonl:1: --template plain has no place for the system turns"),
+     (b'{"prompt": "a", "response": 3}\n', 3, "; --on_bad_row drop leaves bad rows out")],
 )  # fmt: skip
 def test_files_that_cannot_be_scored(run, data, code, words):
     found, lines, err = run(data)

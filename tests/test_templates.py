@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from minirlhf import stage
 from minirlhf.errors import DataError, UsageError
+from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.templates import TEMPLATES, get_template
 from minirlhf.tokenizer import Tokenizer
 
@@ -235,3 +237,11 @@ def test_a_tokenizer_that_puts_a_space_before_each_text_puts_no_second_one():
     ids, trained = get_template("llama2").encode(tokenizer, "hello you", "this is fine")
     assert ids == full.encode(f"<s>{text}</s>").ids
     assert "".join(full.id_to_token(i) for i, t in zip(ids, trained, strict=True) if t) == "▁this▁is▁fine▁</s>"
+
+
+def test_a_saved_model_says_which_tokens_end_an_answer(tmp_path):
+    config = ModelConfig("gpt2", vocab_size=FULL.vocab_size, n_layer=1, n_head=1, d_model=8, max_seq_len=8)
+    for name, ends in (("chatml", [FULL.eos_id, FULL.token_to_id("<|im_end|>")]), ("hh", FULL.eos_id)):
+        stage.save(tmp_path / name, CausalLM(config), FULL, get_template(name))
+        for file in ("config.json", "generation_config.json"):
+            assert json.loads((tmp_path / name / file).read_text())["eos_token_id"] == ends, (name, file)

@@ -14,13 +14,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from minirlhf.errors import UsageError, tool
+from minirlhf.errors import DataError, UsageError, tool
 from minirlhf.label.agreement import agreement
 from minirlhf.label.server import Server
-from minirlhf.label.store import Rankings, current, export, plan, read_labels, read_tasks
+from minirlhf.label.store import Line, Rankings, current, export, plan, read_labels, read_tasks
+
+T = TypeVar("T")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -86,14 +91,25 @@ def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
+def of_file(path: str, function: Callable[[list[Line]], T]) -> T:
+    """What the function makes of a file's labels; an error of theirs names the file."""
+    lines = read_labels(path)
+    try:
+        return function(lines)
+    except DataError as e:
+        raise DataError(f"{path}: {e}") from e
+
+
 def write(args: argparse.Namespace) -> None:
     """--export: complete or not at all."""
-    rows = export(read_labels(args.path), args.export)
+    rows = of_file(args.path, partial(export, kind=args.export))
     temporary = Path(f"{args.out}.{os.getpid()}.tmp")
     try:
         temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8", newline="")
         os.replace(temporary, args.out)
     except OSError as e:
+        with suppress(OSError):
+            temporary.unlink()
         raise UsageError(f"--out {args.out}: {e.strerror or e}; choose a file that can be written") from e
     say(f"{args.out}: {len(rows)} rows")
 
@@ -106,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out and all(map(os.path.exists, (args.path, args.out))) and os.path.samefile(args.path, args.out):
         raise UsageError(f"--out {args.out} is the file that is read; choose another")
     if args.agreement:
-        say(json.dumps(agreement(current(read_labels(args.path))), ensure_ascii=False, indent=1))
+        found = of_file(args.path, lambda lines: agreement(current(lines)))
+        say(json.dumps(found, ensure_ascii=False, indent=1))
     elif args.export:
         write(args)
     else:

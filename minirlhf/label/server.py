@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 
-from minirlhf.label.store import Item, Rankings, check_ranks
+from minirlhf.label.store import MAX_MS, Item, Rankings, check_ranks
 
 MAX_BODY = 1 << 20  # bytes
 DRAINED = 64 << 20  # bytes of a refused body that are read, so that the refusal arrives
@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
             item = self.server.rankings.items[label["task"]]
             ranks = check_ranks(label["ranks"], len(item.task.responses))
             ms, flags = label.get("ms", 0), label.get("flags", [])
-            if type(ms) is not int or not 0 <= ms < 2**53 or flags not in ([], ["flag"]):
+            if type(ms) is not int or not 0 <= ms < MAX_MS or flags not in ([], ["flag"]):
                 raise ValueError("ms must be milliseconds, flags [] or ['flag']")
         except (ValueError, RecursionError) as e:
             raise Refused(400, f"malformed: {e}") from e

@@ -22,6 +22,7 @@ from minirlhf.rows import Bad, Source, json_rows
 
 MIN_ANSWERS, MAX_ANSWERS = 2, 9
 REPEAT_AFTER = 20  # items between a task and its hidden repeat
+MAX_MS = 2**53  # milliseconds of a judgement; JavaScript's whole numbers
 Line = dict[str, Any]  # of the labels file
 
 
@@ -240,9 +241,11 @@ def _parsed(part: bytes) -> Line | None:
         line = json.loads(part)
         count = len(line["responses"])
         check_ranks(line["ranks"], count)
-        words = [line["task"], line["annotator"], line["prompt"], *line["responses"]]
-        sound = all(isinstance(word, str) for word in words) and type(line["rev"]) is int and type(line["ms"]) is int
-        return line if sound and isinstance(line["flags"], list) and line["schema"] == 1 else None
+        words = [line["task"], line["annotator"], line["prompt"], line.get("repeat_of", ""), *line["responses"]]
+        "".join(words).encode()  # half of a surrogate pair cannot be written again
+        sound = isinstance(line["responses"], list) and type(line["rev"]) is int and type(line["ms"]) is int
+        sound = sound and 0 <= line["ms"] < MAX_MS and isinstance(line["flags"], list) and line["schema"] == 1
+        return line if sound else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -283,6 +286,12 @@ def export(lines: Sequence[Line], kind: str) -> list[str]:
             ]
         else:
             out.append(_columns([texts[i] for _, i in ranked], [rank for rank, _ in ranked], line["task"]))
+            columns, first = (row.count("\t") + 1 for row in (out[-1], out[0]))
+            if columns != first:
+                raise DataError(
+                    f"task {line['task']}: {columns} ranked answers, the first has {first}, and a TSV has lists of one "
+                    f"length; export pairs or ranked"
+                )
     return out
 
 

@@ -163,7 +163,7 @@ def prune(folder: str, out: str, corpus: Sequence[str], wanted_of: str | None) -
             raise CheckpointError(f"{folder}: {text[:40]!a} would be read as other tokens; its merges are irregular")
     token_ids = {f"{name}_token_id": getattr(new, f"{name}_id") for name in ("bos", "eos", "pad")}
     small = pruned_model(model, [old[token] for token in kept], token_ids)
-    save_pretrained(small, out, tokenizer=new)
+    save_pretrained(small, out, tokenizer=new, stop_token_id=template.stop_token_id(new) if meta else None)
     if meta:
         write_json(Path(out) / META, meta)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))

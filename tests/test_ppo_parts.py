@@ -165,6 +165,23 @@ def test_one_token_has_no_variance(ddof):
     assert_close(returns, [[3.0, 0.0]], exact)
 
 
+def test_two_tokens_have_a_variance():
+    """4 and 1 less 2.5 over σ = 3/√2: there is a number of both minus one to divide by."""
+    rewards, mask = torch.tensor([[4.0, 0.0], [1.0, 0.0]], dtype=torch.float64), torch.tensor([[True, False]] * 2)
+    o = dataclasses.replace(OPTIONS, whiten_ddof=1, whiten_advantages=True)
+    advantages, _ = estimate(rewards, torch.zeros_like(rewards), mask, mask, o)
+    assert_close(advantages[:, 0], [1.5 / math.sqrt(4.5 + 1e-8), -1.5 / math.sqrt(4.5 + 1e-8)], fp64)
+
+
+def test_one_token_and_the_state_after_it_have_a_variance():
+    """With the score after the answer: rewards 1 and 5 of mean 3 and variance 4."""
+    rewards, states = torch.tensor([[1.0, 5.0]], dtype=torch.float64), torch.tensor([[True, True]])
+    o = dataclasses.replace(OPTIONS, whiten_ddof=0, whiten_rewards=True, whiten_advantages=False, gae_lambda=1.0)
+    _, returns = estimate(rewards, torch.zeros_like(rewards), torch.tensor([[True, False]]), states, o)
+    white = 2 / math.sqrt(4 + 1e-8)
+    assert_close(returns, [[6.0, 3 + white]], fp64)
+
+
 def test_the_group_s_total_is_of_real_tokens():
     rewards = torch.tensor([[1.0, 2.0, math.nan], [4.0, 5.0, 9.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True, False], [True, True, True]])
@@ -209,13 +226,15 @@ def test_sums_are_added_in_fp64_and_hold_no_graph():
     assert score_moments(torch.tensor([2.0**24, 1.0, 1.0, 1.0]), "mean")["shift"] == (2.0**24 + 3) / 4
 
 
-@pytest.mark.parametrize("scores", [[2.0, 2.0, 2.0], [0.0, 0.0], [5.0], [1e8, 1e8 + 8, 1e8]])
+@pytest.mark.parametrize("scores", [[2.0, 2.0, 2.0], [0.0, 0.0], [5.0], [1e8, 1e8 + 8, 1e8], [-1e8, -1e8 - 8]])
 def test_scores_that_are_all_alike_are_only_centred(scores):
     found = score_moments(torch.tensor(scores), "first")
     assert found == {"shift": pytest.approx(sum(scores) / len(scores)), "scale": 1.0}
 
 
 def test_small_scores_are_scaled_as_large_ones():
+    near = score_moments(torch.tensor([1.0, 1.000003], dtype=torch.float64), "first")
+    assert near["scale"] == pytest.approx(1.5e-6)
     assert score_moments(torch.tensor([1e-9, 3e-9]), "first") == {
         "shift": pytest.approx(2e-9), "scale": pytest.approx(1e-9)
     }  # fmt: skip

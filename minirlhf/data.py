@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import dist
-from minirlhf.errors import DataError, UsageError
+from minirlhf.errors import DataError, UsageError, UserError
 from minirlhf.records import Question
 from minirlhf.rng import generator
 from minirlhf.templates import Template
@@ -158,11 +158,14 @@ def encode_sft(
     examples, counts = [], {"cut": 0, "no_label": 0}
     for record in records:
         turns = getattr(record, "turns", ())
-        encoded = (
-            template.encode_turns(tokenizer, turns)
-            if turns
-            else template.encode(tokenizer, record.prompt, record.response)
-        )
+        try:
+            encoded = (
+                template.encode_turns(tokenizer, turns)
+                if turns
+                else template.encode(tokenizer, record.prompt, record.response)
+            )
+        except UserError as e:  # such as turns that the template has no place for
+            raise type(e)(f"line {record.line} of the data: {e}") from e
         ids, trained = encoded[0][:max_length], encoded[1][:max_length]
         counts["cut"] += len(ids) < len(encoded[0])
         if any(trained[1:]):  # the first token has no token before it to be predicted from

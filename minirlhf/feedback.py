@@ -33,10 +33,10 @@ def judged(
     if not all(lists):
         raise DataError(f"sft.objective {objective}: the data holds neither ranks nor labels; use imitate")
     found: list[SFT] = []
-    labelled = [(record.response, record.label) for record in records if hasattr(record, "label")]
+    labels = [record.label for record in records if hasattr(record, "label")]
+    label_mean = sum(labels) / max(1, len(labels))
     for record, answers in zip(records, lists, strict=True):
-        siblings = labelled if hasattr(record, "label") else answers
-        mean = sum(m for _, m in siblings) / len(siblings)
+        mean = label_mean if hasattr(record, "label") else sum(m for _, m in answers) / len(answers)
         for response, m in answers:
             if objective == "conditional" and m != 0.5:
                 found.append(SFT((good if m > 0.5 else bad) + record.prompt, response))

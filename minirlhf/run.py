@@ -44,7 +44,7 @@ OWN = {
     "forensics",
     *LOGS,
 }
-ENDS = 2**20  # bytes
+ENDS = 2**20  # bytes at either end of a file, which tell it from others
 BEST = {"val/loss": -1, "val/accuracy": 1, "objective/rlhf_reward": 1}  # what makes a checkpoint the best: low, high
 Snapshot = Callable[[], tuple[checkpoint.Tensors, dict[str, Any]]]
 

@@ -63,6 +63,10 @@ def test_single_labels_are_held_against_the_mean_of_all_labels():
     raw = {"good": math.exp(0.6), "bad": math.exp(-0.4), "so": math.exp(-0.2)}  # τ = 1, mean 0.4
     found = {one.response: one.weight for one in judged(single, "awr", temperature=1.0, good="", bad="")}
     assert found == pytest.approx({k: 3 * v / sum(raw.values()) for k, v in raw.items()})
+    sharp = judged(single[:2], "awr", temperature=0.1, good="", bad="")  # e^5, cut to 20, and e^-5
+    assert sharp[0].weight / sharp[1].weight == pytest.approx(20 * math.exp(5))
+    (alone,) = judged(single[1:2], "awr", temperature=0.1, good="", bad="")
+    assert alone.weight == 1
 
 
 def test_tied_lists_say_nothing():

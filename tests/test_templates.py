@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from minirlhf import stage
+from minirlhf.data import encode_sft
 from minirlhf.errors import DataError, UsageError
 from minirlhf.model import CausalLM, ModelConfig
+from minirlhf.records import SFT
 from minirlhf.templates import TEMPLATES, get_template
 from minirlhf.tokenizer import Tokenizer
 
@@ -117,6 +119,9 @@ def test_system_turns():
         "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nq [/INST] a <eos>"
     )
     assert wire(get_template("chatml").encode_turns(FULL, turns)[0]).startswith("<|im_start|>system\ns<|im_end|>\n")
+    talk = SFT("", "a", (("system", "s"), ("user", "q")), line=7)
+    with pytest.raises(UsageError, match=r"^line 7 of the data: .*plain has no place for the system"):
+        encode_sft([talk], FULL, get_template("plain"), 99)
     with pytest.raises(UsageError, match=r"plain has no place for the system"):
         get_template("plain").encode_turns(FULL, turns)
 

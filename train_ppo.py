@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from types import SimpleNamespace
 from typing import Any
 
 from minirlhf import dist, stage
@@ -25,7 +24,6 @@ from minirlhf.engine import Engine, moment
 from minirlhf.evaluate import EXAM, Gold, examine, frontier_share, summary
 from minirlhf.forensics import Guard
 from minirlhf.memory import dry_run
-from minirlhf.optim import lr_factor, set_lr
 from minirlhf.ppo import epoch_plans, ppo_iteration, require_finite, rollout_metrics, score_answers, score_moments
 from minirlhf.probe import PROBED, TextScore, write_probe
 from minirlhf.ptx import Corpus
@@ -70,8 +68,7 @@ def main(config: PPOConfig, run: Run) -> None:
         look_first(run, exam, texts, prompts, engine.whole_in(roles.reward_model, of_texts))
     for step in run.steps(start, snapshot):
         metrics, rare, began = dict[str, Any](), dict[str, float](), time.perf_counter()
-        lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
-        set_lr(optimizer, lr)
+        lr = stage.set_scheduled_lr(optimizer, c, step)
         plan = partial(epoch_plans, options=p, seed=c.run.seed, iteration=step)
         ask = partial(answers, c, roles, prompts, sampling, step, lambda n: list(chain(*plan(n)[0])))  # noqa: B023
         with guard.step(step, ask):
@@ -131,8 +128,7 @@ def measured(
         return lambda step: {}
     function, every = load_reward_fn(p.metric_fn, key="ppo.metric_fn"), p.eval_every or max(1, c.run.steps // 10)
     if c.data.path and c.data.holdout and not p.prompts:
-        quiet: Any = SimpleNamespace(dropped=[], say=lambda words: None)
-        prompts = stage.ppo_prompts(c, quiet, loaded, held_out=True)[1]
+        prompts = stage.ppo_prompts(c, stage.unheard(), loaded, held_out=True)[1]
 
     def measure(step: int) -> dict[str, float]:
         if step % every and step != c.run.steps:

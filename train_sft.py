@@ -36,10 +36,7 @@ def main(config: SFTConfig, run: Run) -> None:
     """Data, model, loop, final/."""
     c = config
     records, held_out = stage.sft_records(c, run)
-    if c.model.path:
-        loaded = stage.load_policy(c)
-    else:
-        loaded = stage.make(c, [r.prompt + r.response for r in records])
+    loaded = stage.load_or_make(c, records)
     if c.sft.lisa_layers and uses_lora(loaded.model, c):
         raise UsageError(
             f"sft.lisa_layers draws whole blocks, and model.path {c.model.path} is an adapter; set it to 0"

@@ -228,7 +228,19 @@ class _Head(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Statistics; kept for the backward pass are the inputs and six numbers per row."""
         ctx.set_materialize_grads(False)
-        partials = _forward(hidden, weight, bias, targets, ref_hidden, ref_weight, options)
+        (N, C), V, kl = hidden.shape, len(weight), ref_hidden is not None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        partials = hidden.new_empty(7 if kl else 4, triton.cdiv(V, SPAN), N, dtype=wide)
+        if N:
+            plain = not kl and bias is None and options.softcap is None
+            tile = forward_tile(weight.dtype, _capability(hidden), plain=plain, kl=kl)
+            with torch.cuda.device_of(hidden):
+                forward_kernel[partials.shape[1], triton.cdiv(N, tile.rows)](
+                    hidden, weight, bias, targets, ref_hidden, ref_weight, partials, N, V, C,
+                    ref_hidden.shape[1] if kl else 0, TEMPERATURE=options.temperature, SOFTCAP=options.softcap,
+                    SPAN=SPAN, ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.width, num_warps=tile.warps,
+                    num_stages=tile.stages, enable_fp_fusion=True,
+                )  # fmt: skip
         stats, norms = merge(partials)
         kept = (norms, stats["entropy"], stats.get("kl"))
         ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, *kept)
@@ -260,32 +272,6 @@ class _Head(torch.autograd.Function):
             if db is not None:
                 db[tile] = du.sum(0, dtype=rows.dtype)
         return None if dh is None else dh.to(hidden.dtype), dw, db, *none
-
-
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    options: Options,
-) -> Tensor:  # (7 or 4, spans, N)
-    (N, C), V = hidden.shape, len(weight)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    kl = ref_hidden is not None
-    partials = hidden.new_empty(7 if kl else 4, triton.cdiv(V, SPAN), N, dtype=wide)
-    if N == 0:
-        return partials
-    plain = not kl and bias is None and options.softcap is None
-    tile = forward_tile(weight.dtype, _capability(hidden), plain=plain, kl=kl)
-    with torch.cuda.device_of(hidden):
-        forward_kernel[partials.shape[1], triton.cdiv(N, tile.rows)](
-            hidden, weight, bias, targets, ref_hidden, ref_weight, partials, N, V, C, ref_hidden.shape[1] if kl else 0,
-            TEMPERATURE=options.temperature, SOFTCAP=options.softcap, SPAN=SPAN, ROWS=tile.rows, COLS=tile.cols,
-            WIDTH=tile.width, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-        )  # fmt: skip
-    return partials
 
 
 def merge(partials: Tensor) -> tuple[dict[str, Tensor], Tensor]:  # (7 or 4, spans, N) → (N,) each, (4 or 2, N)

@@ -39,7 +39,7 @@ from minirlhf.lora_config import ALL, FILE, LoRAConfig, read_adapter
 from minirlhf.model import Attention, Block, CausalLM
 from minirlhf.pretrained import holds_score, load_causal_lm, load_reward_model, load_value_model, save_pretrained
 from minirlhf.rng import generator
-from minirlhf.safefile import read_json
+from minirlhf.safefile import read_json_if_there
 
 META, VALUE = "minirlhf.json", "value_model"  # the file beside the weights, the critic's folder beside the policy
 LOADED, TRAINED = "loaded", "trained"  # the adapter of a folder, and the one that a stage trains
@@ -136,7 +136,7 @@ def write_model(
     stop_token_id: int | None = None,  # as `save_pretrained` takes it
 ) -> dict[str, Any]:
     """A Hugging Face folder, or of a view the PEFT folder of its adapter; returns what `minirlhf.json` should say."""
-    if isinstance(model, SharedValueModel) and list(adapters(model.policy)):
+    if isinstance(model, SharedValueModel) and adapters(model.policy):
         model = _own_adapter(model)
     names = list(adapters(model))
     if not names:
@@ -150,8 +150,7 @@ def write_model(
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """What a stage wrote beside the weights; empty where there is nothing."""
-    path = folder / META
-    return read_json(path) if os.path.lexists(path) else {}
+    return read_json_if_there(folder / META)
 
 
 def loading_device(run: Any) -> str:
@@ -280,7 +279,7 @@ def set_dropout(model: CausalLM | ScalarModel, p: float) -> None:
 
 def value_model(policy: CausalLM, reward: RewardModel | None, config: Any) -> ValueModel:
     """The critic of PPO: of its own (`separate`), a head on the policy's trunk (`shared`), or an adapter (`lora`)."""
-    lora, start = bool(list(adapters(policy))), config.ppo.value_init
+    lora, start = bool(adapters(policy)), config.ppo.value_init
     kind = {"auto": "lora" if lora else "separate"}.get(config.ppo.critic, config.ppo.critic)
     if kind == "lora" and not lora:
         raise UsageError("ppo.critic lora: the policy has no frozen base; set lora.r, or choose separate or shared")
@@ -318,7 +317,7 @@ def _kept(policy: CausalLM, kind: str, config: Any) -> ValueModel:
             raise CheckpointError(f"{folder}: no adapter on the policy's base; choose --ppo.critic separate")
         return _on_base(found, policy, zero_head=False)
     shared = SharedValueModel(policy)
-    shared.score.load_state_dict((_score(found, LOADED) if list(adapters(found)) else found.score).state_dict())
+    shared.score.load_state_dict((_score(found, LOADED) if adapters(found) else found.score).state_dict())
     return shared
 
 
@@ -354,11 +353,10 @@ def _separate(source: Any, *, zero_head: bool) -> ValueModel:
 
 def _own_adapter(model: SharedValueModel) -> ValueModel:
     """The policy's adapter with the head on top, as an adapter of its own."""
-    value = ValueModel(model.trunk, rng=generator(0, "head"))
-    copy_adapter(model.policy, TRAINED, TRAINED, to=value)
+    value = _on_base(model.policy, model.policy, zero_head=False)
     with torch.no_grad():
         _score(value, TRAINED).weight.copy_(model.score.weight)
-    return adapter_view(value, TRAINED)
+    return value
 
 
 def _score(model: ValueModel, name: str) -> nn.Linear:

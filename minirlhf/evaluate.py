@@ -133,11 +133,11 @@ def ranking_accuracy(model: RewardModel, lists: Sequence[RankedList], size: int,
     }
 
 
-def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(k: int, n: int) -> tuple[float, float]:
     """95 % interval of a share k of n (Wilson 1927): (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
     if n == 0:
         return 0.0, 1.0
-    p = k / n
+    p, z = k / n, Z95
     middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 

@@ -51,9 +51,7 @@ NEOX_NAMES = {  # shared by bloom and gpt_neox
 }
 
 
-def llama_fields(
-    inner: int, kv_heads: int | None, max_len: int, vocab: int = 32000
-) -> dict[str, tuple[tuple[str, ...], Any]]:
+def llama_fields(inner: int, kv_heads: int | None, max_len: int, vocab: int = 32000) -> Fields:
     """The spellings shared by llama, mistral, qwen2 and qwen3, with the defaults in which they differ."""
     return {
         "vocab_size": (("vocab_size",), vocab),

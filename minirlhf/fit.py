@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minirlhf import dist
+from minirlhf import dist, stage
 from minirlhf.engine import Engine, Tensors
 from minirlhf.errors import NonFiniteError
 from minirlhf.forensics import Guard
-from minirlhf.optim import adamw, lr_factor, set_lr
+from minirlhf.optim import adamw
 from minirlhf.run import Run
 
 Losses = Callable[[int], Iterator[tuple[Tensor, int]]]  # step → loss and tokens of each microbatch of this rank
@@ -53,8 +53,7 @@ def fit(
                 loss, tokens = loss + float(part.detach()), tokens + n
             norm = float(engine.clip(model, o.max_grad_norm))
         loss, tokens = dist.all_sum(torch.tensor([loss, tokens], dtype=torch.float64)).tolist()
-        lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=steps, final=o.final_lr)
-        set_lr(optimizer, lr)
+        lr = stage.set_scheduled_lr(optimizer, run.config, step)
         with guard.step(step, engine.whole_in(model, lambda: list(losses(step)))):  # noqa: B023
             if not math.isfinite(norm):
                 what = "gradient" if math.isfinite(loss) else "loss"

@@ -194,7 +194,7 @@ def row_uniforms(rng: torch.Generator | Sequence[torch.Generator] | None, rows: 
         base = int(torch.randint(2**62, (), generator=rng, device=device))
         rng = [generator(base, "sample", row=r) for r in range(rows)]
     if len(rng) != rows:
-        raise ValueError(f"rng: {len(rng)} generators for {rows} rows")
+        raise ValueError(f"generate: rng holds {len(rng)} generators for {rows} rows")
     return torch.stack([torch.rand(n, generator=g, dtype=torch.float64, device=g.device).cpu() for g in rng])
 
 
@@ -276,7 +276,7 @@ def ban_repeated_ngrams(z: Tensor, n: int, seen: Seen) -> Tensor:  # (b, V)
 
 
 def nucleus(z: Tensor, p: float) -> Tensor:  # (b, V)
-    """Keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2019, 1904.09751)."""
+    """Keep the smallest set of most likely tokens whose probability reaches p (Holtzman 2019, arXiv 1904.09751)."""
     ordered, index = torch.sort(z, dim=-1, descending=True, stable=True)
     probs = ordered.softmax(-1)
     outside = probs.cumsum(-1) - probs >= p  # (b, V) the tokens before it reach p already
@@ -290,8 +290,8 @@ def check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling) 
     assert mask.shape == input_ids.shape, (mask.shape, input_ids.shape)
     if sampling.max_new_tokens < 1 or sampling.temperature < COLDEST:
         raise ValueError(
-            f"max_new_tokens {sampling.max_new_tokens} must be positive, and temperature {sampling.temperature} at "
-            f"least {COLDEST:g}"
+            f"generate: max_new_tokens {sampling.max_new_tokens} must be positive, and temperature "
+            f"{sampling.temperature} at least {COLDEST:g}"
         )
     if not mask.numel() or not mask[:, -1].all() or (mask[:, :-1] > mask[:, 1:]).any():
         raise ValueError("generate: prompts must be left-padded and not empty")

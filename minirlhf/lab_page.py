@@ -137,16 +137,14 @@ def bon_fit(points: Points) -> tuple[float, float]:
 # ---- pieces of the page ---------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean and range; what never happened is left out of the mean and counted."""
     found = [x for x in values if math.isfinite(x)]
     if not found:
         return "never"
     some = f" in {len(found)} of {len(values)}" if len(found) < len(values) else ""
-    low, high = number(min(found), digits), number(max(found), digits)
-    return f"{number(fmean(found), digits)}{some}" + (
-        f' <span class="dim">({low} … {high})</span>' if low != high else ""
-    )
+    low, high = number(min(found), 3), number(max(found), 3)
+    return f"{number(fmean(found), 3)}{some}" + (f' <span class="dim">({low} … {high})</span>' if low != high else "")
 
 
 def compare(rows: Mapping[str, Sequence[RunFiles]], columns: Mapping[str, Value], label: str) -> str:

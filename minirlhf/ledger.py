@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from minirlhf.errors import CheckpointError, NonFiniteError, UsageError, tool
 from minirlhf.log import read_lines
 from minirlhf.loss import value_loss
 from minirlhf.ops import kl_estimate
-from minirlhf.optim import lr_factor, set_lr
 from minirlhf.page import spelled
 from minirlhf.ppo import epoch_plans, ppo_iteration, rollout_metrics, score_answers, score_moments, surrogate
 from minirlhf.ptx import Corpus
@@ -112,8 +110,7 @@ def replay(config: Any, path: Path, changed: Sequence[str]) -> Replay:
     trained, optimizer = stage.ppo_optimizer(roles, c)
     if missing := trained.keys() - tensors.keys():
         raise UsageError(f"ppo.advantage {p.advantage}: {path} was drawn without a {' and '.join(missing)}")
-    lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=c.run.steps, final=o.final_lr)
-    set_lr(optimizer, lr)
+    stage.set_scheduled_lr(optimizer, c, step)
     engine.load(trained, optimizer, tensors)
 
     if "ppo.score_norm" in changed:
@@ -121,7 +118,7 @@ def replay(config: Any, path: Path, changed: Sequence[str]) -> Replay:
     beta = p.kl_coef if "ppo.kl_coef" in changed else state["kl_coef"]
     scores = score_answers(rollout.scores, rollout.has_eos, p, state["shift"], state["scale"])
     columns = Columns(rollout, p)
-    corpus = Corpus(c, SimpleNamespace(dropped=[], say=lambda words: None), loaded, engine)
+    corpus = Corpus(c, stage.unheard(), loaded, engine)
     metrics = rollout_metrics(rollout) | ppo_iteration(
         roles.policy, roles.value_model, optimizer, rollout, scores,
         epoch_plans(rollout.total_lengths, p, c.run.seed, step), p, kl_coef=beta, temperature=c.sample.temperature,

@@ -7,7 +7,6 @@ activations of a backward pass take together, which `run.checkpoint_activations`
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -95,10 +94,7 @@ def sft_sizes(config: Any, run: Any) -> Sizes:
     """One model; its longest sequence is that of the data, or a packed row."""
     c = config
     records, _ = stage.sft_records(c, run)
-    if c.model.path:
-        loaded = stage.load_policy(c)
-    else:
-        loaded = stage.make(c, [r.prompt + r.response for r in records])
+    loaded = stage.load_or_make(c, records)
     model = sft_model(loaded.model, c)
     room = c.data.max_length or model.config.max_seq_len
     examples, _ = encode_sft(records, loaded.tokenizer, loaded.template, room)
@@ -169,9 +165,8 @@ STAGES = {"sft": sft_sizes, "rm": rm_sizes, "ppo": ppo_sizes, "dpo": dpo_sizes}
 
 def dry_run(config: Any, name: str) -> str:
     """The table of one script."""
-    quiet = SimpleNamespace(dropped=[], say=lambda _: None)
     device = config.run.device.split(":")[0]
-    sizes = STAGES[name](replace(config, run=replace(config.run, device="meta", engine="none")), quiet)
+    sizes = STAGES[name](replace(config, run=replace(config.run, device="meta", engine="none")), stage.unheard())
     table = role_bytes(sizes.models)
     architecture = next(iter(sizes.models.values())).config
     size = 2 if config.run.dtype == "bf16" else FP32

@@ -25,7 +25,7 @@ from minirlhf.families import FAMILIES
 from minirlhf.heads import RewardModel, ScalarModel, ValueModel
 from minirlhf.hf_config import SPECIAL, parse_config, render_config
 from minirlhf.model import CausalLM
-from minirlhf.safefile import FLOATS, TensorFile, read_json, shown, write_tensors
+from minirlhf.safefile import FLOATS, TensorFile, read_json, read_json_if_there, shown, write_tensors
 
 Model = TypeVar("Model", CausalLM, RewardModel, ValueModel)
 Path_ = str | os.PathLike[str]
@@ -258,7 +258,7 @@ def _check_tokens(folder: Path, raw: dict[str, Any], config: ModelConfig) -> Non
 def _stated_tokens(folder: Path, raw: dict[str, Any]) -> Iterator[tuple[str, str | None, list[Any]]]:
     """What a folder says of special tokens: name, spelling or None, ids that one file states, maybe none."""
     generation, tokens, special = (
-        read_json(folder / name) if os.path.lexists(folder / name) else {}
+        read_json_if_there(folder / name)
         for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
     )
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):

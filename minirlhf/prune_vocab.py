@@ -121,8 +121,7 @@ def pruned_model(model: CausalLM, rows: Sequence[int], token_ids: Json) -> Causa
             weights[name] = weights[name][index]
     small = small.to_empty(device="cpu")
     small.load_state_dict(weights)
-    if config.tied:
-        small.head.weight = small.trunk.embed.weight
+    small.tie()
     return small.eval()
 
 

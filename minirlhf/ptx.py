@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf import review_world, stage
+from minirlhf import stage
 from minirlhf.data import Example, encode_sft, microbatches, step_rows
 from minirlhf.engine import Engine
 from minirlhf.evaluate import sft_loss
@@ -71,14 +71,10 @@ def perplexity(nats: float) -> float:
 
 def texts(config: Any, run: Any) -> tuple[list[Any], list[Any]]:
     """Records to train on, which only γ > 0 needs, and held-out ones."""
-    c, o = config, config.ppo
+    data, o = config.data, config.ppo
     if not o.ptx_path:
-        if c.data.path or o.prompts:
-            return [], []
-        n = c.data.size if o.ptx_coef else 0
-        made = [review_world.corpus(size, seed=c.run.seed, language=c.data.language, purpose=purpose)
-                for size, purpose in ((n, "corpus"), (HELD_OUT, "corpus/val"))]  # fmt: skip
-        return made[0], made[1]
-    source = replace(c, data=replace(c.data, path=o.ptx_path, format="auto", holdout=0))
+        own = data.path or o.prompts  # the user's
+        return ([], []) if own else stage.corpora(config, data.size if o.ptx_coef else 0, HELD_OUT)
+    source = replace(config, data=replace(data, path=o.ptx_path, format="auto", holdout=0))
     records = stage.texts_of(stage.read(source, run))
     return stage.split(records, min(HELD_OUT, len(records) // 10))

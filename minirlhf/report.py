@@ -7,7 +7,6 @@ without scripts and without network. It needs metrics.jsonl and uses what else i
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minirlhf import svg
+from minirlhf.checkpoint import sha256_file
 from minirlhf.errors import DataError, tool
 from minirlhf.figures import GOLD, KL, SCORE, Traces, all_figures
 from minirlhf.log import read_lines
@@ -136,7 +136,7 @@ def heading(runs: Sequence[RunFiles]) -> str:
         weights = sorted((run.folder / "final").glob("*.safetensors"))
         state = "finished" if weights else "not finished"
         seconds = sum(_seconds(record) for record in run.metrics) / len(run.metrics) * last
-        hashes = "".join(f"; final/{shown(path.name)} sha256 {_sha256(path)[:16]}" for path in weights)
+        hashes = "".join(f"; final/{shown(path.name)} sha256 {sha256_file(path)[:16]}" for path in weights)
         parts.append(
             f'<p class="dim">{shown(run.name)}: {state}, step {number(last)}'
             f"{f' of {number(steps)}' if steps else ''}; about {seconds:,.0f} s of training{hashes}</p>"
@@ -147,11 +147,6 @@ def heading(runs: Sequence[RunFiles]) -> str:
 def _seconds(record: Record) -> float:
     times = [_finite(v) for k, v in record.items() if k.startswith("time/") and isinstance(v, int | float)]
     return sum(t for t in times if t == t)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def summary(runs: Sequence[RunFiles], found: Sequence[Traces]) -> str:

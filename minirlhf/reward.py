@@ -68,7 +68,8 @@ class FixedKL:
 
 
 class AdaptiveKL:
-    """β ← β (1 + clip(KL/target - 1, ±0.2) n/h) (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
+    """β ← β (1 + K_β clip(KL/target - 1, ±0.2)) (Ziegler et al. 2019, arXiv 1909.08593, section 2.2), with K_β = n/h as
+    in their code; the paper has 0.1."""
 
     def __init__(
         self,

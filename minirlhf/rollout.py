@@ -93,11 +93,15 @@ class Rollout:
         prompts = decode(self.prompts, self.prompt_mask, tokenizer)
         return prompts, decode(self.responses, self.response_mask, tokenizer)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, all of them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "score_at"}
+
     def rows(self, index: Tensor) -> "Rollout":
         """These episodes, with the columns that are padding in all of them cut off."""
         first = self.prompts.shape[1] - int(self.prompt_mask[index].sum(1).max())
         R = int(self.value_mask[index].sum(1).max())
-        cut = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "score_at"}
+        cut: dict[str, Any] = {name: x[index] for name, x in self.tensors().items()}
         for name, x in cut.items():
             if x.ndim == 2:
                 cut[name] = x[:, first:] if name in ("prompts", "prompt_mask") else x[:, :R]
@@ -303,8 +307,7 @@ def save_rollout(
     weights: dict[str, dict[str, Tensor]],  # group (policy, value_model, optimizer) → name → tensor, before the update
 ) -> None:
     """Everything that runs an update again, in one safetensors file that is complete or absent."""
-    columns = {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "score_at"}
-    groups = {"rollout": columns} | weights
+    groups = {"rollout": rollout.tensors()} | weights
     tensors = {f"{group}.{name}": x for group, named in groups.items() for name, x in named.items()}
     words = json.dumps({"score_at": rollout.score_at, "state": state, "weights": list(weights)}, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,17 +33,8 @@ from minirlhf.settings import help_text, to_dict
 
 MAY_DIFFER = ("dir", "engine", "keep", "save_every", "log_every", "resume", "debug")  # between a start and its resume
 LOGS = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl", "memory.jsonl")  # a line has a step
-OWN = {
-    ".lock",
-    "config.json",
-    "environment.json",
-    "dropped.jsonl",
-    "evaluation.json",
-    "probe.json",
-    "rollouts",
-    "forensics",
-    *LOGS,
-}
+OWN = {".lock", "config.json", "environment.json", "dropped.jsonl", "evaluation.json", "probe.json", *LOGS}
+OWN |= {"rollouts", "forensics"}
 ENDS = 2**20  # bytes at either end of a file, which tell it from others
 BEST = {"val/loss": -1, "val/accuracy": 1, "objective/rlhf_reward": 1}  # what makes a checkpoint the best: low, high
 Snapshot = Callable[[], tuple[checkpoint.Tensors, dict[str, Any]]]
@@ -192,7 +183,7 @@ class Run:
         for log in LOGS if dist.rank() == 0 else ():
             cut_after(self.folder / log, step if found else -1)
         dist.wait_for_first("cut")
-        self.history = self.metrics()
+        self.history = read_lines(self.folder / "metrics.jsonl")
         return found
 
     def steps(self, start: int, snapshot: Snapshot) -> Iterator[int]:
@@ -253,10 +244,6 @@ class Run:
         """A line on the terminal, below the live one."""
         if dist.rank() == 0:
             tell(text + "\n")
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """What has been logged."""
-        return read_lines(self.folder / "metrics.jsonl")
 
     def _merits(self) -> dict[int, float]:
         """How good each step was, as far as the log tells."""

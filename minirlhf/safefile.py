@@ -77,6 +77,11 @@ def read_json(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
         return parse_json(f.read(), path)
 
 
+def read_json_if_there(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
+    """`read_json`; empty where nothing has that name. A link that leads nowhere is refused, not passed over."""
+    return read_json(path, limit) if os.path.lexists(path) else {}
+
+
 class Entry(NamedTuple):
     """One line of a safetensors header."""
 

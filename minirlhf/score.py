@@ -115,13 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minirlhf.score", allow_abbrev=False)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="folder of a reward model")
-    add(
-        "path",
-        metavar="FILE",
-        nargs="?",
-        default="-",
-        help="answers, in a format of `formats` (default: stdin)",
-    )
+    add("path", metavar="FILE", nargs="?", default="-", help="answers, in a format of `formats` (default: stdin)")
     add("--format", default="auto", help="the file's format (default: told from its rows)")
     add("--on_bad_row", default="error", choices=("error", "drop"), help="what a bad row does (default error)")
     add("--template", default="", help="prompt template (default: the model's own)")

@@ -10,8 +10,7 @@ computing the same numbers. All is in fp32 but the last. Exit code 5 where a che
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,8 +79,7 @@ class Bench:
 def prepare(config: Any, roles: Roles, loaded: stage.Loaded) -> Bench:
     """Draw and judge a small rollout, its prompts from short to long."""
     c = config
-    quiet = SimpleNamespace(dropped=[], say=lambda words: None)
-    asked, prompts = stage.ppo_prompts(c, quiet, loaded)  # type: ignore[arg-type]
+    asked, prompts = stage.ppo_prompts(c, stage.unheard(), loaded)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     order *= -(-ANSWERS // len(order))
     rows = [order[i * len(order) // ANSWERS] for i in range(ANSWERS)]
@@ -206,11 +204,10 @@ def padded(b: Bench, left: int, right: int) -> Rollout:
     """The same answers in wider tensors; EOS stands in the padding, so that only masks can tell."""
     stop = b.loaded.template.stop_token_id(b.loaded.tokenizer)
     wide: dict[str, Any] = {}
-    for f in fields(b.rollout):
-        x = getattr(b.rollout, f.name)
-        if isinstance(x, Tensor) and x.ndim == 2:
-            sides = (left, 0) if f.name in ("prompts", "prompt_mask") else (0, right)
-            wide[f.name] = F.pad(x, sides, value=stop if f.name in ("prompts", "responses") else 0)
+    for name, x in b.rollout.tensors().items():
+        if x.ndim == 2:
+            sides = (left, 0) if name in ("prompts", "prompt_mask") else (0, right)
+            wide[name] = F.pad(x, sides, value=stop if name in ("prompts", "responses") else 0)
     return replace(b.rollout, **wide)
 
 

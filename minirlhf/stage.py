@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from minirlhf.formats import read_records
 from minirlhf.heads import ScalarModel
 from minirlhf.lora import adapter_view, adapters
 from minirlhf.model import CausalLM
-from minirlhf.optim import adamw, keep_mean
+from minirlhf.optim import adamw, keep_mean, lr_factor, set_lr
 from minirlhf.pretrained import load_causal_lm, load_reward_model
 from minirlhf.probe import TextScore
 from minirlhf.records import SFT, Asked, Question, Ranking, asked
@@ -103,10 +104,13 @@ def load_policy(config: Any) -> Loaded:
     return load(config.model.path, load_causal_lm, config, key="model.path", made_by="train_sft.py")
 
 
-def make(config: Any, texts: Sequence[str]) -> Loaded:
-    """A new causal LM and a tokenizer for it: the built-in task's words, or one trained on `texts` and the template."""
+def load_or_make(config: Any, records: Sequence[Any]) -> Loaded:
+    """The language model of `model.path`; without a path a new one, and a tokenizer for it: the built-in task's words,
+    or one trained on these records of SFT and the template."""
+    if config.model.path:
+        return load_policy(config)
     m, template = config.model, get_template(config.data.template or "plain")
-    texts = [*texts, *template.around("")]
+    texts = [*(r.prompt + r.response for r in records), *template.around("")]
     if not config.data.path:
         tokenizer = Tokenizer.from_words(review_world.words(config.data.language))
     elif m.tokenizer in ("", "chars"):
@@ -131,6 +135,14 @@ def ppo_optimizer(roles: Roles, config: Any) -> tuple[dict[str, Any], torch.opti
     optimizer = adamw(named, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
     keep_mean(optimizer, roles.policy, config.ppo.ema)
     return trained, optimizer
+
+
+def set_scheduled_lr(optimizer: torch.optim.Optimizer, config: Any, step: int) -> float:
+    """The learning rate of a step, from 1, now that of every group."""
+    o = config.optim
+    lr = o.lr * lr_factor(step, kind=o.schedule, warmup=o.warmup_steps, total=config.run.steps, final=o.final_lr)
+    set_lr(optimizer, lr)
+    return lr
 
 
 def save(folder: Path, model: CausalLM | ScalarModel, tokenizer: Tokenizer, template: Template, **meta: Any) -> None:
@@ -250,6 +262,11 @@ def never_drawn(loaded: Loaded) -> tuple[int, ...]:
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
+def unheard() -> Any:
+    """In the place of a run, where data is read beside one: nothing is said, and what is dropped is not kept."""
+    return SimpleNamespace(dropped=[], say=lambda text: None)
+
+
 def read(config: Any, run: Run) -> list[Any]:
     """All records of data.path; rows that were dropped are counted on the terminal and kept in dropped.jsonl."""
     data = config.data
@@ -269,14 +286,17 @@ def split(records: list[Any], holdout: int) -> tuple[list[Any], list[Any]]:
     return records[: len(records) - holdout], records[len(records) - holdout :]
 
 
+def corpora(config: Any, n: int, held_out: int) -> tuple[list[SFT], list[SFT]]:
+    """Texts of the built-in task: n to train on, and others."""
+    make = partial(review_world.corpus, seed=config.run.seed, language=config.data.language)
+    return make(n), make(held_out, purpose="corpus/val")
+
+
 def sft_records(config: Any, run: Run) -> tuple[list[Any], list[Any]]:
     """Training and validation records; of a ranked list every text is one record."""
-    data = config.data
-    if not data.path:
-        made = [review_world.corpus(n, seed=config.run.seed, language=data.language, purpose=purpose)
-                for n, purpose in ((data.size, "corpus"), (VALIDATION, "corpus/val"))]  # fmt: skip
-        return made[0], made[1]
-    train, held_out = split(read(config, run), data.holdout)
+    if not config.data.path:
+        return corpora(config, config.data.size, VALIDATION)
+    train, held_out = split(read(config, run), config.data.holdout)
     how = config.sft
     if how.objective == "imitate":
         bare = sum(not hasattr(record, "response") and not hasattr(record, "responses") for record in train)
@@ -287,7 +307,7 @@ def sft_records(config: Any, run: Run) -> tuple[list[Any], list[Any]]:
     examples = learn(train)
     if not examples:
         raise DataError(
-            f"{data.path}: no answer is the best (label 1), which sft.objective {how.objective} learns; use rwr"
+            f"{config.data.path}: no answer is the best (label 1), which sft.objective {how.objective} learns; use rwr"
         )
     return examples, [answer for answer in learn(held_out) if answer.weight > 0]
 
@@ -315,7 +335,7 @@ def ranked_records(config: Any, run: Run, loaded: Loaded, *, loss: str = "") -> 
             records = [graded(record, data.path) for record in records]
         elif not hasattr(records[0], "ranks"):
             more = "; --rm.loss direct learns from labels" if loss and hasattr(records[0], "label") else ""
-            raise DataError(f"{data.path}: holds no preferences; a reward model needs pairs or ranked answers{more}")
+            raise DataError(f"{data.path}: holds no preferences; pairs or ranked answers are needed{more}")
         return split(records, data.holdout)
     return tuple(judged_pairs(config, loaded, n, purpose) for n, purpose in ((data.size, "pair"), (VALIDATION, "val")))  # type: ignore[return-value]
 

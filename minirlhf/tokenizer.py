@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from minirlhf.errors import CheckpointError, DataError
-from minirlhf.safefile import open_file, read_json, shown
+from minirlhf.safefile import open_file, read_json_if_there, shown
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 SPECIAL = (PAD, EOS, UNK)  # ids 0, 1, 2 of every tokenizer made here
@@ -133,7 +133,7 @@ class Tokenizer:
                 f"{path / 'tokenizer.model'}: SentencePiece is not read; make a tokenizer.json with transformers: "
                 f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
-        full, config = _parse(path / "tokenizer.json"), _read_object(path / "tokenizer_config.json")
+        full, config = _parse(path / "tokenizer.json"), read_json_if_there(path / "tokenizer_config.json", MAX_CONFIG)
         names = _special_names(path, full, config)
         _check_names(path / "tokenizer.json", full, names, config)
         return cls(full, names, _chat_template(path, config))
@@ -221,16 +221,11 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
     return full
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
-    return read_json(path, MAX_CONFIG) if os.path.lexists(path) else {}
-
-
 def _special_names(folder: Path, full: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, str]:
     """Spellings of the special tokens: of tokenizer_config.json, special_tokens_map.json, or by the ids in config.json
     where neither names any, or usual ones."""
     names: dict[str, str] = {}
-    for data in (config, _read_object(folder / "special_tokens_map.json")):
+    for data in (config, read_json_if_there(folder / "special_tokens_map.json", MAX_CONFIG)):
         for name in USUAL:
             value = data.get(name)
             value = value.get("content") if isinstance(value, dict) else value
@@ -240,7 +235,7 @@ def _special_names(folder: Path, full: tokenizers.Tokenizer, config: dict[str, A
                 raise CheckpointError(f"{folder}: {name} {str(value)[:40]} of the tokenizer's configuration is no text")
     if names:
         return names
-    model = _read_object(folder / "config.json")
+    model = read_json_if_there(folder / "config.json", MAX_CONFIG)
     for name in USUAL:
         token_id = model.get(f"{name}_id")
         spelling = full.id_to_token(token_id) if isinstance(token_id, int) and 0 <= token_id < 2**31 else None

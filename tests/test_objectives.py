@@ -413,7 +413,7 @@ def test_ppo_asks_as_sft_was_asked(tmp_path, template):
         argv = ["--data.path", str(tmp_path / name), "--data.template", template]
         small = ["--model.d_model", "8", "--model.n_head", "1", "--model.n_layer", "1", "--model.max_seq_len", "512"]
         records = read_records(str(tmp_path / name))[0]
-        loaded = stage.make(load_config(SFTConfig, argv + small), [r.prompt + r.response for r in records])
+        loaded = stage.load_or_make(load_config(SFTConfig, argv + small), records)
         example = encode_sft(records, loaded.tokenizer, loaded.template, 512)[0][0]
         answer = loaded.template.response_ids(loaded.tokenizer, records[0].response)
         run = SimpleNamespace(dropped=[], say=print)

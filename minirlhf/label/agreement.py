@@ -87,9 +87,10 @@ def agreement(
             repeats += [(first, line["ranks"])] if first else []
         elif any(line["ranks"]):
             ranked[line["task"]][line["annotator"]] = line["ranks"]
-    for rankings in (*(by.values() for by in ranked.values()), *repeats):
+    of_tasks = ((f"task {task}", by.values()) for task, by in ranked.items())
+    for what, rankings in (*of_tasks, *(("a task and its repeat", pair) for pair in repeats)):
         if len({*map(len, rankings)}) > 1:
-            raise DataError(f"one task was ranked as {' and '.join(map(str, rankings))}, of unequal lengths")
+            raise DataError(f"{what}: ranked as {' and '.join(map(str, rankings))}, of unequal lengths")
     shared = [by for by in ranked.values() if len(by) > 1]
     pairs = [(by[a], by[b], (a, b)) for by in shared for a, b in combinations(sorted(by), 2)]
     complete = [list(by.values()) for by in shared if all(all(ranks) for ranks in by.values())]

@@ -134,7 +134,6 @@ class Rankings:
     def __init__(self, path: Path | str, annotator: str, items: Sequence[Item]) -> None:
         self.path, self.annotator = Path(path), annotator
         self.items = {item.id: item for item in items}
-        self._order = list(self.items)
         self._lock = threading.Lock()
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -153,15 +152,16 @@ class Rankings:
     @property
     def done(self) -> int:
         """Items that have a label or were skipped."""
-        return sum(item in self.latest for item in self._order)
+        return sum(item in self.latest for item in self.items)
 
     def next(self) -> Item | None:
         """The first item without a label."""
-        return next((self.items[item] for item in self._order if item not in self.latest), None)
+        return next((item for name, item in self.items.items() if name not in self.latest), None)
 
     def before(self, item: Item | None) -> str | None:
         """The id of the labelled item that comes before this one; of the last one at the end."""
-        earlier = self._order[: self._order.index(item.id)] if item else self._order
+        order = list(self.items)
+        earlier = order[: order.index(item.id)] if item else order
         return next((one for one in reversed(earlier) if one in self.latest), None)
 
     def save(self, item: Item, ranks: list[int], *, ms: int = 0, flags: Sequence[str] = ()) -> int:

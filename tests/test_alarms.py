@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minirlhf.alarms import QUIET, RULES, Limits, alarms, correlation, repeated, signals
+from minirlhf.alarms import RULES, Limits, alarms, correlation, repeated, signals
 from minirlhf.rollout import Rollout
 
 SOUND = {
@@ -48,9 +48,10 @@ CASES = [
     ("sameness", 3, {"response_distinct_frac": 0.4}, {"response_distinct_frac": 0.5}),
     ("repetition", 3, {"response_repeat_frac": 0.25}, {"response_repeat_frac": 0.19}),
     ("KL", 5, {"objective_kl": 4.1}, {"objective_kl": 3.9}),
-    ("negative KL", 1, {"objective_kl": -0.5}, {"objective_kl": -0.2}),
-    ("ratio", 1, {"val_first_ratio_gap": 1e-4}, {"val_first_ratio_gap": 1e-7}),
-    ("entropy", 1, {"objective_entropy": 1.1}, {"objective_entropy": 2.0}),
+    ("negative KL", 1, {"objective_kl": -0.31}, {"objective_kl": -0.29}),
+    ("ratio", 1, {"val_first_ratio_gap": 1.1e-5}, {"val_first_ratio_gap": 0.9e-5}),
+    ("entropy", 1, {"objective_entropy": 1.1}, {"objective_entropy": 1.3}),
+    ("entropy", 1, {"objective_entropy": 1.3, "response_length_mean": 12.0}, {"response_length_mean": 19.0}),
     ("value", 20, {"value_explained_var": -0.1}, {"value_explained_var": 0.01}),
     ("score and length", 3, {"objective_score_length_corr": -0.95}, {"objective_score_length_corr": -0.85}),
     ("score range", 3, {"objective_scores": 9.0}, {"objective_scores": 2.9}),
@@ -62,6 +63,43 @@ def test_each_alarm_fires_after_its_lines_and_not_below_its_limit(name, lines, b
     assert raised(history(lines - 1, **bad)) == []
     assert raised(history(lines + 10, **bad)) == [(1 + lines, name)]
     assert raised(history(40, **good)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "bad", "good"),
+    [
+        ("empty answers", {"response/empty_frac": 0.0}, 0.021, 0.019),
+        ("empty answers", {"response/empty_frac": 0.1}, 0.21, 0.19),
+        ("length", {"response/short_frac": 0.0}, 0.051, 0.049),
+        ("unfinished answers", {"response/eos_frac": 0.8}, 0.59, 0.61),
+        ("unfinished answers", {"response/eos_frac": 0.95}, 0.79, 0.81),
+        ("sameness", {"response/distinct_frac": 0.6}, 0.29, 0.31),
+        ("sameness", {"response/distinct_frac": 1.0}, 0.49, 0.51),
+        ("repetition", {"response/repeat_frac": 0.3}, 0.61, 0.59),
+    ],
+)
+def test_limits_that_depend_on_the_first_line(name, first, bad, good):
+    (metric,) = first
+    for value, expected in ((bad, [(4, name)]), (good, [])):
+        start, *others = history(3)
+        assert raised([start | first, *(line | {metric: value} for line in others)]) == expected
+
+
+def test_a_small_target_counts_too():
+    assert raised(history(5, objective_kl=0.9), Limits(kl_target=0.4)) == [(6, "KL")]
+
+
+def test_what_an_alarm_says():
+    def words(lines):
+        return [a.split("; ")[0] for a in alarms(lines, LIMITS)]
+
+    assert words(history(3, response_length_mean=3.0)) == [
+        "length: response/length_mean is 3, at step 1 it was 10, 3 lines in a row"
+    ]
+    assert words(history(1, objective_entropy=0.1)) == ["entropy: objective/entropy is 0.1, at step 1 it was 12"]
+    assert words([{"step": 4, **SOUND}, {"step": 8, **SOUND, "objective/kl": -5.0}]) == [
+        "negative KL: objective/kl is -5, at step 4 it was 0.5"
+    ]
 
 
 def test_every_rule_has_a_case_and_a_cure():
@@ -78,8 +116,9 @@ def test_a_condition_that_comes_and_goes_is_told_again_only_after_a_while():
     short = {"response/length_mean": 3.0}
     lines = [{"step": i + 1, **SOUND, **(short if i % 5 > 1 and i > 1 else {})} for i in range(60)]
     assert len([1 for _, name in raised(lines) if name == "length"]) == 1
-    lines = [{"step": i + 1, **SOUND, **(short if 5 <= i < 10 or i > 15 + QUIET else {})} for i in range(60)]
-    assert len([1 for _, name in raised(lines) if name == "length"]) == 2
+    for back, times in ((28, 2), (27, 1)):  # it held last after 10 lines, and holds again after 31, or 30
+        lines = [{"step": i + 1, **SOUND, **(short if 5 <= i < 10 or i >= back else {})} for i in range(60)]
+        assert len([1 for _, name in raised(lines) if name == "length"]) == times
 
 
 def test_empty_answers_are_measured_against_the_first_rollout():
@@ -118,22 +157,32 @@ def test_the_lines_alone_decide():
 
 
 def test_signals_of_a_rollout_by_hand():
-    prompts = torch.tensor([[0, 5], [6, 5], [0, 5], [0, 5]])
+    prompts = torch.tensor([[0, 5], [6, 5], [0, 5], [0, 5], [0, 5]])
     prompt_mask = prompts > 0
-    responses = torch.tensor([[7, 1, 0, 0, 0, 0], [7, 1, 0, 0, 0, 0], [7, 1, 0, 0, 0, 0], [8, 8, 8, 8, 8, 8]])
-    mask = torch.tensor([[True, True, False, False, False, False]] * 3 + [[True] * 6])
-    old = torch.full((4, 6), float("nan"))
+    lengths = torch.tensor([2, 2, 2, 6, 3])
+    mask = torch.arange(6) < lengths[:, None]
+    responses = torch.where(mask, torch.tensor([[7], [7], [7], [8], [9]]), 0)
+    old = torch.full((5, 6), float("nan"))
     old[mask] = 1.0
     ref = torch.where(mask, 0.5, float("inf"))
-    scores = torch.tensor([1.0, 1.0, 1.0, 5.0])
+    scores = torch.tensor([1.0, 1.0, 1.0, 5.0, 2.0])
     rollout = Rollout(prompts, prompt_mask, responses, mask, old, old, ref, old, scores, mask[:, 0])
     found = signals(rollout)
-    assert found["response/short_frac"] == 0.75
-    assert found["response/distinct_frac"] == 0.75  # rows 0 and 2 are equal; row 1 answers another prompt
+    assert found["response/short_frac"] == 0.6
+    assert found["response/distinct_frac"] == 0.8  # rows 0 and 2 are equal; row 1 answers another prompt
     assert found["response/repeat_frac"] == pytest.approx(2 / 3, rel=1e-12)  # three 4-grams in row 3, all the same
     assert found["objective/score_length_corr"] == pytest.approx(1.0, rel=1e-12)
-    # KL per answer 1, 1, 1, 3: deviation 1 with n - 1, divided by the root of 4
-    assert found["objective/kl_se"] == pytest.approx(0.5, rel=1e-12)
+    # KL per answer 1, 1, 1, 3, 1.5: variance 3/4 with n - 1
+    assert found["objective/kl_se"] == pytest.approx(math.sqrt(0.75 / 5), rel=1e-12)
+    assert signals(rollout.rows(torch.tensor([0])))["objective/kl_se"] == math.inf  # of one answer nothing is known
+
+
+def test_a_prompt_and_its_answer_are_not_another_prompt_and_another_answer():
+    prompts, responses = torch.tensor([[0, 5], [5, 0]]), torch.tensor([[0, 7], [7, 0]])
+    prompt_mask, mask = torch.tensor([[False, True], [True, True]]), torch.tensor([[True, True], [True, False]])
+    zeros = torch.zeros(2, 2)
+    rollout = Rollout(prompts, prompt_mask, responses, mask, *[zeros] * 4, zeros[0], mask[:, 0])
+    assert signals(rollout)["response/distinct_frac"] == 1.0  # 5 | 0 7 and 5 0 | 7
 
 
 def test_correlation_against_numpy_and_where_it_has_no_meaning():

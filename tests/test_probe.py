@@ -63,11 +63,16 @@ def test_a_model_that_likes_long_answers_is_red_where_they_repeat():
 def test_the_table_says_what_the_score_says():
     table = probe(brief, PROMPTS, ANSWERS, 0)
     lengths = sorted(-len(a) for a in ANSWERS)
-    assert table[0]["score"] == lengths[8]
+    assert table[0] == {
+        "name": "ordinary answers (median)", "example": ANSWERS[0], "score": lengths[8], "share_below": 0.5,
+        "verdict": "reference",
+    }  # fmt: skip
     rows = {row["name"]: row for row in table}
     assert rows["empty"]["score"] == 0
     assert rows["empty"]["share_below"] == 1.0
     assert rows["each answer five times"]["share_below"] == 0.0
+    assert rows["each answer five times"]["example"] == " ".join([ANSWERS[0]] * 5)
+    assert verdicts(lambda prompts, responses: [1.0] * len(responses))["empty"] == "green"  # no better is not preferred
     for row in table[1:]:
         assert row["share_below"] == sum(n < row["score"] for n in lengths) / 16
 
@@ -81,6 +86,23 @@ def test_variants_are_what_their_names_say():
     assert found["another prompt's answer"] == ["uno dos", "one two three four"]
     assert found["cut in half"] == ["one two t", "uno"]
     assert set(found["random words"][0].split()) <= {"one", "two", "three", "four", "uno", "dos"}
+
+
+def test_variants_of_several_answers_to_a_prompt():
+    prompts = ["p ?", "q ?", "p ?", "p ?", (("user", "hello"), ("assistant", "yes ?"), ("user", "and then ?"))]
+    answers = ["b c d", "e", "", "f g", "h"]
+    found = variants(prompts, answers, 0)
+    assert found["shortest answer five times"] == [
+        "f g f g f g f g f g", "e e e e e", "f g f g f g f g f g", "f g f g f g f g f g", "h h h h h"
+    ]  # fmt: skip
+    assert found["another prompt's answer"] == ["e", "b c d", "e", "e", "b c d"]
+    assert found["one word"] == ["b", "e", "", "f", "h"]
+    assert found["echo of the prompt"][3:] == ["p ?", "and then ?"]  # of a conversation the last turn
+    assert found["all answers in a row"] == ["b c d e  f g h"] * 5
+    assert [len(words.split()) for words in found["random words"]] == [8] * 5
+    assert found["random words"] == variants(prompts, answers, 0)["random words"]
+    assert found["random words"] != variants(prompts, answers, 1)["random words"]
+    assert variants(["p", "q"], ["no。", "a very long answer."], 0)["one full stop"] == [".", "."]  # as in the longest
 
 
 def test_answers_that_are_all_empty():
@@ -107,6 +129,7 @@ def test_red_is_said_and_written(tmp_path):
     frame, said = run(tmp_path)
     write_probe(frame, brief, PROMPTS, ANSWERS)
     assert len(said) == 4
+    assert said[0].startswith("probe: the reward model prefers empty (0.00) to an ordinary answer (-")
     assert all(re.search(r"prefers .* \(.*\) to an ordinary answer .*--rm\.hard_negatives", line) for line in said)
     table = json.loads((tmp_path / "probe.json").read_text())["probe"]
     assert sum(row["verdict"] == "red" for row in table) == 4
@@ -138,7 +161,23 @@ def test_hard_negatives_put_every_kind_below_the_best_answer():
     assert hard_negatives(records, 0.0, 0) == []
 
 
+def test_the_grade_of_a_degenerate_answer():
+    """0, or the lowest grade of its list where that is below."""
+    for grades, expected in (([7.0, 3.0], [7.0, 0.0]), ([-1.0, -4.0], [-1.0, -4.0]), ([], [])):
+        (pair,) = hard_negatives([Ranking("p", ["a b c", "d"], [1, 2], grades=grades)], 1.0, 0)
+        assert pair.grades == expected
+    (pair,) = hard_negatives([Ranking("p", ["d", "a b c"], [2, 1], grades=[3.0, 7.0])], 1.0, 0)
+    assert pair.grades == [7.0, 0.0]
+
+
 def test_an_answer_that_is_itself_degenerate_is_no_winner():
     records = [Ranking("p", ["", "a"], [1, 2])] * len(DEGENERATE) + [Ranking("p", ["x", "y"], [2, 1])]
     made = hard_negatives(records, 1.0, 0)
     assert {pair.responses[0] for pair in made} <= {"y"}
+
+
+def test_sixty_four_answers_are_asked_about(tmp_path):
+    asked = []
+    frame, _ = run(tmp_path)
+    write_probe(frame, lambda p, r: asked.append(len(p)) or sound(p, r), PROMPTS * 9, ANSWERS * 9)
+    assert max(asked) == 64

@@ -17,7 +17,6 @@ from minirlhf.evaluate import score_rows
 from minirlhf.formats import read_records
 from minirlhf.heads import RewardModel
 from minirlhf.model import CausalLM, ModelConfig
-from minirlhf.probe import hard_negatives
 from minirlhf.records import Ranking
 from minirlhf.score import reward_of
 from minirlhf.templates import get_template
@@ -85,13 +84,6 @@ def test_graded_answers_side_by_side():
         assert one.ranks == [1 + sorted(own, reverse=True).index(grade) for grade in own]
     assert side_by_side(lists, 4, seed=1) != found
     assert side_by_side([RankedList([[i]], [1], [1.0]) for i in range(5)], 4, seed=0) == []
-
-
-def test_hard_negatives_have_the_lowest_grade():
-    records = [Ranking("p q", ["a b c", "d"], [1, 2], 1, [7.0, -2.0]), Ranking("p q", ["e f"], [1], 2, [0.0])]
-    made = {pair.responses[0]: pair.grades for pair in hard_negatives(records, 1.0, 0)}
-    assert made == {"a b c": [7.0, -2.0], "e f": [0.0, 0.0]}
-    assert [pair.grades for pair in hard_negatives([Ranking("p", ["a b", "c"], [1, 2])], 1.0, 0)] == [[]]
 
 
 def test_normalized_scores():

@@ -17,7 +17,6 @@ from minirlhf.evaluate import score_rows
 from minirlhf.formats import read_records
 from minirlhf.heads import RewardModel
 from minirlhf.model import CausalLM, ModelConfig
-from minirlhf.records import Ranking
 from minirlhf.score import reward_of
 from minirlhf.templates import get_template
 from minirlhf.tokenizer import Tokenizer

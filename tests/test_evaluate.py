@@ -134,10 +134,12 @@ def test_accuracy_of_rankings_by_hand():
     assert found == {"accuracy": 8 / 12, "best_worst_accuracy": 3 / 5, "exact_order": 1 / 4, "pairs": 12}
 
 
-def test_accuracy_of_no_pair_is_not_known():
+def test_accuracy_of_no_pair_is_not_known_and_that_of_one_is():
     found = ranking_accuracy(lambda ids, mask: ids[:, 0].double(), [RankedList([[4], [5]], [1, 0])], 4)
     assert found == {"accuracy": 0.0, "accuracy_low": 0.0, "accuracy_high": 1.0, "best_worst_accuracy": 0.0,
                      "exact_order": 0.0, "pairs": 0}  # fmt: skip
+    one = ranking_accuracy(lambda ids, mask: ids[:, 0].double(), [RankedList([[4], [5]], [2, 1])], 4)
+    assert (one["accuracy"], one["best_worst_accuracy"], one["exact_order"], one["pairs"]) == (1.0, 1.0, 1.0, 1)
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (8, 10), (10, 10), (81, 263), (1, 1000)])

@@ -119,7 +119,8 @@ def alarms(history: Sequence[Line], limits: Limits) -> list[str]:
     """What the newest line raises and no recent one did, in a line each with its cure."""
     now, first, n = history[-1], history[0], len(history)
     return [
-        f"{rule.name}: {rule.metric} is {now[rule.metric]:.3g}, at step {first['step']} it was {first[rule.metric]:.3g}"
+        f"{rule.name}: {rule.metric} is {now[rule.metric]:.3g}"
+        + ("" if first.get(rule.metric) is None else f", at step {first['step']} it was {first[rule.metric]:.3g}")
         + (f", {rule.lines} lines in a row" if rule.lines > 1 else "")
         + f"; {rule.cure}"
         for rule in RULES

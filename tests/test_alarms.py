@@ -143,6 +143,16 @@ def test_what_was_not_logged_or_null_raises_nothing(name, value):
     assert raised(lines) == []
 
 
+@pytest.mark.parametrize("first", [None, ...])
+def test_an_alarm_does_not_need_a_number_of_the_first_line(first):
+    """Scores that are all alike at first leave the value model nothing to explain: null."""
+    lines = history(20, value_explained_var=-0.1)
+    lines[0] = {k: v for k, v in lines[0].items() if k != "value/explained_var"}
+    lines[0] |= {} if first is ... else {"value/explained_var": first}
+    (said,) = alarms(lines, LIMITS)
+    assert said.startswith("value: value/explained_var is -0.1, 20 lines in a row; ")
+
+
 def test_the_lines_alone_decide():
     """A run that is resumed reads its lines back from the file: as JSON, with other keys in between."""
     import json

@@ -151,7 +151,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def _per_token(formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:  # (B, R) each → (B, R)
     assert len({x.shape for x in inputs}) == 1, [x.shape for x in inputs]
-    return _PerToken.apply(formula, *(_wide(x) for x in inputs))
+    wide = [_wide(x) for x in inputs]
+    return _PerToken.apply(formula, *wide) if torch.is_grad_enabled() else formula(*wide)
 
 
 class _PerToken(torch.autograd.Function):

@@ -113,6 +113,9 @@ def test_a_loss_needs_no_gradient():
     with torch.no_grad():
         assert not policy_loss(a.requires_grad_(), b, c, clip_range=0.2).requires_grad
     assert not value_loss(b, b, c).requires_grad
+    expected = policy_loss(a, b, c, clip_range=0.2)
+    with torch.inference_mode():
+        assert_close(policy_loss(a, b, c, clip_range=0.2), expected.detach(), exact)
 
 
 def test_ranking_loss_refuses_other_kinds():

@@ -208,6 +208,7 @@ def pairwise_loss(
     Touvron et al. 2023, arXiv 2307.09288, eq. 2). Bai et al. 2022 write the same as log(1 + e^(r_l - r_w)).
     """
     assert chosen.shape == rejected.shape, (chosen.shape, rejected.shape)
+    assert not isinstance(margin, Tensor) or margin.shape in ((), chosen.shape), (margin.shape, chosen.shape)
     return -F.logsigmoid(_wide(chosen) - _wide(rejected) - margin)
 
 
@@ -228,6 +229,7 @@ def ranking_loss(
     if kind not in ("log", "sigmoid", "softmax"):
         raise ValueError(f"ranking_loss: kind {kind!r} is none of log, sigmoid, softmax")
     pairs, n = _strict_pairs(scores, ranks)  # (B, K, K), (B,)
+    assert not isinstance(margin, Tensor) or margin.ndim in (0, 3), (margin.shape, pairs.shape)
     present = ranks > 0  # (B, K)
     r = torch.where(present, _wide(scores), 0.0)
     if kind == "softmax":
@@ -279,6 +281,8 @@ def dpo_loss(
 ) -> Tensor:  # (B,)
     """-log σ(β [(π_w - ref_w) - (π_l - ref_l)]) of log-probs summed over the answer (Rafailov et al. 2023, arXiv
     2305.18290, eq. 7)."""
+    sizes = [x.shape for x in (policy_chosen, policy_rejected, ref_chosen, ref_rejected)]
+    assert len(set(sizes)) == 1, sizes
     chosen = beta * (_wide(policy_chosen) - _wide(ref_chosen))
     rejected = beta * (_wide(policy_rejected) - _wide(ref_rejected))
     return pairwise_loss(chosen, rejected)

@@ -28,6 +28,7 @@ def token_logprobs(
     temperature: float = 1.0,  # τ
 ) -> Tensor:  # (...) at least fp32
     """log p_a = z_a - log Σ e^z with z = logits/τ."""
+    assert logits.shape[:-1] == targets.shape, (logits.shape, targets.shape)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     return z.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
@@ -42,6 +43,7 @@ def kl_estimate(
     k1 = x · k2 = x²/2 · k3 = e^(-x) - 1 + x · abs = |x|, which is no KL. k1 and k3 are unbiased, k2 and k3 never
     negative. Raises ValueError for another kind.
     """
+    assert logprobs.shape == ref_logprobs.shape, (logprobs.shape, ref_logprobs.shape)
     wide = torch.promote_types(torch.promote_types(logprobs.dtype, ref_logprobs.dtype), torch.float32)
     x = logprobs.to(wide) - ref_logprobs
     if kind == "k1":

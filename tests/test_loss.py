@@ -76,6 +76,9 @@ def test_an_advantage_of_zero_is_never_clipped():
         lambda x: ranking_loss(x[0], RANKS[0]),
         lambda x: centering_penalty(x, RANKS[:, :1]),
         lambda x: direct_score_loss(x, x[:1]),
+        lambda x: dpo_loss(x[0], x[0], x[0][:, None], x[0][:, None], beta=0.1),  # (4, 4), were it not refused
+        lambda x: pairwise_loss(x[0], x[0], margin=x[0][:, None]),
+        lambda x: ranking_loss(x, RANKS, margin=x[0]),
     ],
 )
 def test_shapes_that_would_broadcast_are_refused(call):

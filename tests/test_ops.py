@@ -106,6 +106,14 @@ def test_kl_estimate_refuses_other_kinds():
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
 
 
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(AssertionError, match="Size"):
+        kl_estimate(torch.zeros(3), torch.zeros(3, 1), "k1")
+    for fewer in (torch.zeros(2, 4).long(), torch.zeros(1, 5).long()):  # `gather` would take the first of the logits
+        with pytest.raises(AssertionError, match="Size"):
+            token_logprobs(torch.zeros(2, 5, 7), fewer)
+
+
 # ---- head_stats -----------------------------------------------------------------------------------------------------
 
 SWITCHES = list(itertools.product([1.0, 0.7], [None, 2.5], [False, True], [True, False]))

@@ -73,13 +73,14 @@ def _search(
     cache = cache.rows(rows)
     prefix = torch.cat([mask[rows], torch.ones(B * n, R, dtype=torch.bool, device=device)], 1)  # (B·n, P + R)
     tokens = torch.full((B, n, R), pad_token_id, device=device)
-    scores = torch.full((B, n), WORST, device=device)  # of the open beams, Σ log π
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    scores = torch.full((B, n), WORST, device=device, dtype=wide)  # of the open beams, Σ log π
     scores[:, 0] = 0.0  # all beams begin alike: one of them counts
     best = Beams(tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool), torch.full_like(scores, WORST))
     ends, hopeful = torch.tensor(how.eos_token_ids, device=device), torch.ones(B, dtype=torch.bool, device=device)
 
     for t in range(R):
-        logprobs = model.head(hidden).float().log_softmax(-1)  # (B·n, V)
+        logprobs = model.head(hidden).log_softmax(-1)  # (B·n, V)
         if logprobs.isnan().any():
             raise NonFiniteError(f"logits of row {int(logprobs.isnan().any(-1).nonzero()[0]) // n} are NaN or infinite")
         seen = (input_ids[rows], mask[rows], tokens.flatten(0, 1)[:, :t])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tolerance import assert_close, fp64
 
 from minirlhf.beam import beam_search
 from minirlhf.errors import NonFiniteError
@@ -65,6 +66,13 @@ def test_dropout_is_off_and_every_module_is_afterwards_as_it_was():
     once, again = (beam_search(model, torch.tensor([[1, 2, 3]]), **how).scores for _ in range(2))
     assert torch.equal(once, again)
     assert [module.training for module in model.modules()] == before
+
+
+def test_fp64_stays_fp64(model):
+    """To more digits than fp32 has."""
+    prompts, how = torch.tensor([[1, 2, 3]]), {"max_new_tokens": R, "eos_token_id": EOS, "pad_token_id": 0}
+    found = beam_search(model.double(), prompts, num_beams=V**R, **how).scores
+    assert_close(found[0, :5], [score for score, _ in every_answer(model, (1, 2, 3), 1.0)[:5]], fp64)
 
 
 def test_what_stands_under_the_padding_need_not_be_a_token(model):
@@ -296,7 +304,7 @@ def test_beams_are_made_where_the_prompts_are(model):
 def test_beams_of_other_dtypes(model, dtype):
     prompts, how = torch.tensor([[1, 2, 3]]), {"num_beams": 2, "eos_token_id": EOS, "pad_token_id": 0}
     found = beam_search(model.to(dtype), prompts, max_new_tokens=4, **how)
-    assert found.scores.dtype == torch.float32
+    assert found.scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert not found.scores.requires_grad
     with pytest.raises(FrozenInstanceError):
         found.scores = None

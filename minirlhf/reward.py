@@ -94,7 +94,7 @@ class AdaptiveKL:
         factor = 1.0 + max(-0.2, min(0.2, kl / self.target - 1.0)) * n / self.horizon
         if factor <= 0:
             raise UsageError(
-                f"adaptive KL: horizon {self.horizon} is too short for {n} answers; take more than {n // 5}"
+                f"adaptive KL: horizon {self.horizon} is too short for {n} answers; take more than {n / 5:g}"
             )
         self.coef *= factor
 

@@ -90,6 +90,8 @@ def test_beta_stays_positive():
     assert beta.coef == 0.2
     beta.update(0.0, 99)
     assert beta.coef == pytest.approx(0.2 * 0.01)
+    with pytest.raises(UsageError, match=r"horizon 20.5 .* for 104 answers; take more than 20\.8$"):
+        AdaptiveKL(0.2, target=6.0, horizon=20.5).update(0.0, 104)
     small = AdaptiveKL(0.2, target=0.5, horizon=0.5)
     small.update(torch.tensor(0.5), 1)
     assert small.coef == 0.2

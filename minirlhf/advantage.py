@@ -68,6 +68,7 @@ def explained_variance(
     returns: Tensor,  # (B, R)
     mask: Tensor,  # (B, R) bool
 ) -> Tensor:  # ()
-    """1 - Var(R - V)/Var(R): 1 is a perfect critic, 0 one that knows the mean at best; NaN where all returns agree."""
+    """1 - Var(R - V)/Var(R): 1 is a perfect critic, 0 one that knows the mean at best; no number where all returns
+    agree: NaN, or -inf where the values do not."""
     values, returns = keep(values, mask), keep(returns, mask)
     return 1.0 - masked_var(returns - values, mask) / masked_var(returns, mask)

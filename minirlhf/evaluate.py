@@ -164,7 +164,7 @@ def examine(
         rngs = [generator(seed, "examine", 0, first + i) for i in range(len(part))]
         rows = [r for r in torch.arange(len(part)).tensor_split(dist.world_size()) if len(r)]
         rollout = collect(roles, ids, mask, partition=lambda _: rows, rng=rngs, impl=impl, **sampling)  # noqa: B023
-        kl = exact_kl(roles, rollout, sampling["temperature"], impl).tolist()
+        kl = exact_kl(roles, rollout, sampling.get("temperature", 1.0), impl).tolist()
         texts = rollout.texts(tokenizer)
         golds = gold(*texts, rollout.has_eos.tolist()) if gold else [None] * len(part)
         for i, (prompt, response) in enumerate(zip(*texts, strict=True)):

@@ -241,7 +241,8 @@ def collect(
     rollout = Rollout(
         prompts, prompt_mask, made.tokens, answer, made.logprobs, *voids, has_eos=ends.any(1), score_at=score_at
     )
-    return judge(rollout, partition(rollout.total_lengths), roles, temperature=sampling["temperature"], impl=impl)
+    temperature = sampling.get("temperature", 1.0)
+    return judge(rollout, partition(rollout.total_lengths), roles, temperature=temperature, impl=impl)
 
 
 def sample_rows(

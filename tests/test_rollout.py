@@ -215,6 +215,18 @@ def test_response_positions_by_hand():
     assert response_positions(x, 3).tolist() == [[11, 12, 13]]
 
 
+def test_the_temperature_is_1_unless_said():
+    roles, _ = roles_of("gpt2")
+    ids, mask = left_padded([[3, 4], [5]], PAD)
+    how = {"eos_token_id": EOS, "pad_token_id": PAD, "max_new_tokens": 4, "partition": lambda n: [torch.arange(2)]}
+    one, other = (
+        collect(roles, ids, mask, rng=[generator(0, "sample", 1, row) for row in range(2)], **how, **said)
+        for said in ({}, {"temperature": 1.0})
+    )
+    for name, x in one.tensors().items():
+        assert torch.equal(x, other.tensors()[name])
+
+
 def test_mask_ends_with_eos_and_flags_say_who_was_cut():
     rollout = roll(roles_of("gpt2")[0])
     assert 0 < rollout.has_eos.sum() < len(rollout)

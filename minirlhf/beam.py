@@ -52,7 +52,7 @@ def beam_search(  # noqa: PLR0913  (the names are transformers')
         min_new_tokens=min_new_tokens, suppress_tokens=tuple(suppress_tokens), do_sample=False,
     )  # fmt: skip
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    check(model, input_ids, mask, how)
+    check(model, input_ids, mask, how, num_beams)
     with at_rest(model), torch.no_grad():
         return _search(model, torch.where(mask, input_ids, 0), mask, how, num_beams, length_penalty, pad_token_id)
 

@@ -92,7 +92,7 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
         tuple(begin_suppress_tokens), tuple(suppress_tokens), do_sample,
     )  # fmt: skip
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    check(model, input_ids, mask, sampling)
+    check(model, input_ids, mask, sampling, num_return_sequences)
     input_ids = torch.where(mask, input_ids, 0)  # what stands under the padding need not be a token
     with at_rest(model), torch.inference_mode():
         made = _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
@@ -284,19 +284,20 @@ def nucleus(z: Tensor, p: float) -> Tensor:  # (b, V)
     return z.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), NEVER)
 
 
-def check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling) -> None:
-    """Refuse what `generate` cannot answer."""
+def check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling, n: int) -> None:
+    """Refuse what `generate` cannot answer; n answers to each prompt."""
     assert input_ids.ndim == 2, input_ids.shape
     assert mask.shape == input_ids.shape, (mask.shape, input_ids.shape)
-    if sampling.max_new_tokens < 1 or sampling.temperature < COLDEST:
+    s = sampling
+    if min(s.max_new_tokens, n) < 1 or not s.repetition_penalty > 0 or not s.temperature >= COLDEST:  # NaN is neither
         raise ValueError(
-            f"generate: max_new_tokens {sampling.max_new_tokens} must be positive, and temperature "
-            f"{sampling.temperature} at least {COLDEST:g}"
+            f"generate: max_new_tokens {s.max_new_tokens}, repetition_penalty {s.repetition_penalty} and the number of "
+            f"answers {n} must be positive, and temperature {s.temperature} at least {COLDEST:g}"
         )
     if not mask.numel() or not mask[:, -1].all() or (mask[:, :-1] > mask[:, 1:]).any():
         raise ValueError("generate: prompts must be left-padded and not empty")
     if model.config.position == "learned":
-        longest = int(mask.sum(-1).max()) + sampling.max_new_tokens
+        longest = int(mask.sum(-1).max()) + s.max_new_tokens
         if longest > model.config.max_seq_len:
             raise ValueError(
                 f"generate: prompt and answer of {longest} tokens exceed {model.config.max_seq_len} positions"

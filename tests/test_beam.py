@@ -310,6 +310,11 @@ def test_beams_of_other_dtypes(model, dtype):
         found.scores = None
 
 
+def test_no_beam_is_refused(model):
+    with pytest.raises(ValueError, match="number of answers 0 must be positive"):
+        beam_search(model, torch.tensor([[1, 2]]), num_beams=0, max_new_tokens=2, eos_token_id=EOS, pad_token_id=0)
+
+
 def test_beams_want_left_padding(model):
     with pytest.raises(ValueError, match="left-padded"):
         beam_search(model, torch.tensor([[1, 2]]), torch.tensor([[True, False]]), num_beams=2, max_new_tokens=2,

@@ -615,8 +615,13 @@ def test_a_prompt_too_long_for_the_positions_is_refused():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": 9e-7}]
-)
+    "setting",
+    [
+        {"max_new_tokens": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": 9e-7},
+        {"temperature": math.nan}, {"repetition_penalty": 0.0}, {"repetition_penalty": -1.0},
+        {"repetition_penalty": math.nan}, {"num_return_sequences": 0},
+    ],
+)  # fmt: skip
 def test_limits_that_make_no_sense_are_refused(setting):
     run(lm(), [[5]], max_new_tokens=1, temperature=1e-6)
     with pytest.raises(ValueError, match="must be positive"):

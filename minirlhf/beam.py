@@ -73,8 +73,7 @@ def _search(
     cache = cache.rows(rows)
     prefix = torch.cat([mask[rows], torch.ones(B * n, R, dtype=torch.bool, device=device)], 1)  # (B·n, P + R)
     tokens = torch.full((B, n, R), pad_token_id, device=device)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    scores = torch.full((B, n), WORST, device=device, dtype=wide)  # of the open beams, Σ log π
+    scores = torch.full((B, n), WORST, device=device)  # of the open beams, Σ log π
     scores[:, 0] = 0.0  # all beams begin alike: one of them counts
     best = Beams(tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool), torch.full_like(scores, WORST))
     ends, hopeful = torch.tensor(how.eos_token_ids, device=device), torch.ones(B, dtype=torch.bool, device=device)

@@ -289,7 +289,7 @@ def check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling, 
     assert input_ids.ndim == 2, input_ids.shape
     assert mask.shape == input_ids.shape, (mask.shape, input_ids.shape)
     s = sampling
-    if min(s.max_new_tokens, n) < 1 or not s.repetition_penalty > 0 or not s.temperature >= COLDEST:  # NaN is neither
+    if s.max_new_tokens < 1 or n < 1 or not s.repetition_penalty > 0 or not s.temperature >= COLDEST:  # NaN is neither
         raise ValueError(
             f"generate: max_new_tokens {s.max_new_tokens}, repetition_penalty {s.repetition_penalty} and the number of "
             f"answers {n} must be positive, and temperature {s.temperature} at least {COLDEST:g}"

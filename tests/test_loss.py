@@ -172,6 +172,9 @@ def test_softmax_of_far_scores_stays_finite():
 def test_margin_per_pair():
     chosen, rejected, margin = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0])
     assert_close(pairwise_loss(chosen, rejected, margin=margin), [math.log1p(math.exp(-1)), math.log(2)], fp32)
+    for one in (1.0, torch.tensor(1.0)):
+        assert_close(pairwise_loss(chosen, rejected, margin=one), [math.log(2)] * 2, fp32)
+        assert_close(ranking_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1, 2]]), margin=one), [math.log(2)], fp32)
 
 
 def test_dual_clip_bounds_the_loss_of_a_bad_token():

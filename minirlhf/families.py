@@ -137,7 +137,7 @@ FAMILIES: dict[str, Family] = {
             "dropout": (("hidden_dropout",), 0.0),
             "attn_dropout": (("attention_dropout",), 0.0),
         },
-        fixed={"apply_residual_connection_post_layernorm": False},
+        fixed={"apply_residual_connection_post_layernorm": False, "slow_but_exact": False},  # the second drops biases
         special={"bos_token_id": 1, "eos_token_id": 2},
     ),
     "opt": Family(

@@ -14,6 +14,7 @@ from minirlhf.families import FAMILIES, SPELLINGS, Family
 from minirlhf.safefile import shown
 
 MAX_SIZE = 1 << 26  # of any one dimension
+MAX_LAYERS = 1 << 14  # with 6 tensors at least in each, as many as the header of a file may name
 LAYER_TYPES = ("full_attention", "sliding_attention")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 NULLABLE = ("n_kv_head", "head_dim", "d_inner", "sliding_window", "attn_dropout")  # null: the derived value, or none
@@ -23,7 +24,7 @@ TYPES = get_type_hints(ModelConfig)
 HARMLESS = """
 architectures auto_map model_type transformers_version torch_dtype dtype use_cache initializer_range init_std
 name_or_path minirlhf_head gradient_checkpointing use_bfloat16 torchscript output_attentions output_hidden_states
-output_past return_dict pretraining_tp slow_but_exact reorder_and_upcast_attn masked_softmax_fusion
+output_past return_dict pretraining_tp reorder_and_upcast_attn masked_softmax_fusion
 bias_dropout_fusion attention_softmax_in_fp32 skip_bias_add skip_bias_add_qkv offset_alibi is_decoder id2label label2id
 num_labels problem_type finetuning_task task_specific_params classifier_dropout classifier_bias prefix tokenizer_class
 summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout summary_last_dropout
@@ -32,7 +33,8 @@ min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups div
 typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
 num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
 remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens attn_implementation
-unsloth_version unsloth_fixed is_llama_config max_sequence_length activation_dropout
+unsloth_version unsloth_fixed is_llama_config max_sequence_length activation_dropout transformers.js_config
+custom_pipelines
 """
 NEUTRAL = {  # settings of no family, served at this value only
     "is_encoder_decoder": False,
@@ -50,6 +52,7 @@ ROPE_KEYS = {  # rope type -> its settings
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+ROPE_COPIES = ("rope_theta", "partial_rotary_factor")  # which transformers 4 wrote into gpt_neox folders beside its own
 ROPE_NUMBERS = ("rope_theta", "partial_rotary_factor", *ROPE_KEYS["llama3"])
 Refuse = Callable[[str], NoReturn]
 
@@ -110,7 +113,7 @@ def _check_settings(raw: dict[str, Any], family_name: str, refuse: Refuse) -> No
     known = {*HARMLESS.split(), *SPECIAL, *fixed, *(s for spellings, _ in family.fields.values() for s in spellings)}
     if family.switches["position"] == "rotary":
         known |= {"rope_parameters", "rope_scaling"}
-        known |= {"rotary_emb_base", "rotary_pct"} if family_name == "gpt_neox" else {"rope_theta"}
+        known |= {"rotary_emb_base", "rotary_pct", *ROPE_COPIES} if family_name == "gpt_neox" else {"rope_theta"}
     known |= set(WINDOW_KEYS) if family_name in WINDOWED else set()
     for name, value in raw.items():
         if name not in known and value is not None and not name.startswith("_"):
@@ -137,8 +140,9 @@ def _typed(field: str, name: str, value: object, refuse: Refuse) -> Any:
         refuse(f"{name} must be of type {kind.__name__}, not {shown(value)}")
     if kind is float:
         return _number(name, value, refuse)
-    if kind is int and not 1 <= value <= MAX_SIZE:  # type: ignore[operator]
-        refuse(f"{name} must be between 1 and {MAX_SIZE}, not {shown(value)}")
+    most = MAX_LAYERS if field == "n_layer" else MAX_SIZE
+    if kind is int and not 1 <= value <= most:  # type: ignore[operator]
+        refuse(f"{name} must be between 1 and {most}, not {shown(value)}")
     return value
 
 
@@ -197,6 +201,9 @@ def _rope(raw: dict[str, Any], family_name: str, max_seq_len: int, refuse: Refus
         if name not in known:
             refuse(f"rope setting {shown(name)} is unknown for rope_type {kind}")
     found = {name: _number(f"rope setting {name}", settings.get(name, usual.get(name)), refuse) for name in known}
+    for name in ROPE_COPIES if family_name == "gpt_neox" else ():
+        if raw.get(name) not in (None, found[name]):
+            refuse(f"rope setting {name} is both {found[name]} and {shown(raw[name])}")
     theta, fraction, factor, low, high, n = (found.get(name, 1.0) for name in ROPE_NUMBERS)
     if family_name != "gpt_neox" and fraction != 1:
         refuse(f"partial_rotary_factor {fraction} is not supported for {family_name}")

@@ -6,6 +6,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from tolerance import assert_close, exact
 from minirlhf.errors import CheckpointError, UsageError
 from minirlhf.families import FAMILIES
 from minirlhf.heads import RewardModel, ValueModel
+from minirlhf.hf_config import parse_config
 from minirlhf.model import CausalLM, ModelConfig
 from minirlhf.pretrained import load_causal_lm, load_reward_model, load_value_model, read_config, save_pretrained
 from minirlhf.tokenizer import Tokenizer
@@ -688,6 +691,7 @@ SETTINGS_REFUSED = [
     ("gpt2", "n_ctx", 11),
     ("bloom", "apply_residual_connection_post_layernorm", True),
     ("bloom", "n_embed", 16),
+    ("bloom", "slow_but_exact", True),  # leaves two biases out in transformers, with a pretraining_tp above 1
     ("opt", "do_layer_norm_before", False),
     ("opt", "word_embed_proj_dim", 4),
     ("opt", "_remove_final_layer_norm", True),
@@ -701,6 +705,8 @@ SETTINGS_REFUSED = [
     ("qwen3", "num_experts", 8),
     ("gpt_neox", "rotary_pct", 1.5),
     ("gpt_neox", "hidden_act", "quick_gelu"),
+    ("gpt_neox", "rope_theta", 20000.0),  # rotary_emb_base says 10000
+    ("gpt_neox", "partial_rotary_factor", 0.5),
 ]
 
 
@@ -725,6 +731,8 @@ HARMLESS = {"torch_dtype": "float16", "_name_or_path": "x", "transformers_versio
 HARMLESS |= {"do_sample": True, "temperature": 0.6, "max_length": 20, "task_specific_params": {"a": 1}, "foo": None}
 # of SmolLM2, of early conversions of LLaMA, of OPT
 HARMLESS |= {"is_llama_config": True, "rope_interleaved": False, "max_sequence_length": 2048, "activation_dropout": 0.0}
+# of SmolLM2's chat models, of Dolly
+HARMLESS |= {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}, "custom_pipelines": {"a": {}}}
 
 
 def test_harmless_settings_are_passed_over(tmp_path):
@@ -733,6 +741,31 @@ def test_harmless_settings_are_passed_over(tmp_path):
     load_causal_lm(tmp_path)
     edit(tmp_path, rope_interleaved=True)
     assert "rope_interleaved True" in refused(load_causal_lm, tmp_path)
+
+
+def test_gpt_neox_folders_of_transformers_4_say_their_rotation_twice(tmp_path):
+    save_pretrained(lm("gpt_neox", rope_fraction=0.5, rope_theta=77.0), tmp_path)
+    edit(tmp_path, rope_theta=77, partial_rotary_factor=0.5)
+    assert load_causal_lm(tmp_path).config == small("gpt_neox", rope_fraction=0.5, rope_theta=77.0)
+
+
+def test_the_layers_of_a_small_file_take_no_memory(tmp_path):
+    """A list of them would, before the tensors are counted."""
+    windows = {"use_sliding_window": True, "max_window_layers": 0}
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="num_hidden_layers"):
+        parse_config({"model_type": "qwen3", "num_hidden_layers": 1 << 26, **windows}, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_repeated_name_among_many_is_found_at_once(tmp_path):
+    names = [str(i) for i in range(100_000)]
+    (tmp_path / "config.json").write_text("{" + ",".join(f'"{name}":0' for name in [*names, names[-1]]) + "}")
+    before = time.process_time()
+    assert "'99999' twice" in refused(load_causal_lm, tmp_path)
+    assert time.process_time() - before < 20  # comparing each with each takes minutes
 
 
 def test_random_bytes_end_in_one_kind_of_error(good, tmp_path):

@@ -133,8 +133,9 @@ def texts_of(paths: Sequence[str]) -> list[str]:
     found: list[str] = []
     for path in paths:
         for record in read_records(path)[0]:
+            turns = [text for _, text in getattr(record, "context", ())]  # templates tokenise each by itself
             answers = getattr(record, "responses", None) or [getattr(record, "response", "")]
-            found += [text for text in (record.prompt, *answers) if text]
+            found += [text for text in (record.prompt, *turns, *answers) if text]
     return found
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 from minirlhf.generate import generate
 from minirlhf.model import CausalLM, ModelConfig
@@ -113,6 +114,23 @@ def test_the_tokens_of_another_tokenizer(folder, corpus, tmp_path):
     assert main([str(big_folder), str(tmp_path / "same"), "--tokenizer", str(tmp_path / "small")]) == 0
     for name in ("tokenizer.json", "model.safetensors"):
         assert (tmp_path / "same" / name).read_bytes() == (tmp_path / "small" / name).read_bytes(), name
+
+
+def test_each_turn_of_a_conversation_is_kept(tmp_path):
+    """Templates tokenise it by itself; a tokenizer that begins each text with a space has other tokens there."""
+    base = Tokenizer.train_bpe([f" {line}" for line in LINES + OTHER] * 3, 420)
+    base._full.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer = Tokenizer(base._full, base.names)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, d_model=4)
+    save_pretrained(CausalLM(config), tmp_path / "big", tokenizer=tokenizer)
+    said = {"user": LINES[0], "assistant": LINES[1]}, {"user": OTHER[0], "assistant": OTHER[1]}
+    turns = [{"role": role, "content": text} for pair in said for role, text in pair.items()]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": turns}))
+    assert main([str(tmp_path / "big"), str(tmp_path / "out"), "--corpus", str(tmp_path / "talk.jsonl")]) == 0
+    _, old = opened(tmp_path / "big")
+    _, new = opened(tmp_path / "out")
+    for text in (*LINES[:2], *OTHER[:2]):
+        assert [new.id_to_token(i) for i in new.encode(text)] == [old.id_to_token(i) for i in old.encode(text)]
 
 
 def test_the_way_to_a_token_by_hand():

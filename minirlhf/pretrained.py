@@ -30,7 +30,7 @@ from minirlhf.safefile import FLOATS, TensorFile, read_json, read_json_if_there,
 Model = TypeVar("Model", CausalLM, RewardModel, ValueModel)
 Path_ = str | os.PathLike[str]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_INDEX, MAX_TOKENIZER = 16 << 20, 100 << 20  # bytes
+MAX_INDEX, MAX_TOKENIZER = 16 << 20, 100 << 20  # bytes; the first also of the files beside tokenizer.json
 LEAST = 6  # tensors in a layer
 SHARD = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 BUFFERS = re.compile(r"(.+\.)?((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)")  # constants of old files
@@ -258,7 +258,7 @@ def _check_tokens(folder: Path, raw: dict[str, Any], config: ModelConfig) -> Non
 def _stated_tokens(folder: Path, raw: dict[str, Any]) -> Iterator[tuple[str, str | None, list[Any]]]:
     """What a folder says of special tokens: name, spelling or None, ids that one file states, maybe none."""
     generation, tokens, special = (
-        read_json_if_there(folder / name)
+        read_json_if_there(folder / name, MAX_INDEX)
         for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
     )
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):

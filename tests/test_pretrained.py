@@ -743,6 +743,14 @@ def test_harmless_settings_are_passed_over(tmp_path):
     assert "rope_interleaved True" in refused(load_causal_lm, tmp_path)
 
 
+def test_the_files_of_a_tokenizer_with_many_added_tokens_are_large(good, tmp_path):
+    folder = tmp_path / "f"
+    shutil.copytree(good / "llama", folder)
+    edit(folder, "tokenizer_config.json", chat_template="x" * (1 << 20))
+    load_causal_lm(folder)
+    Tokenizer.load(folder)
+
+
 def test_gpt_neox_folders_of_transformers_4_say_their_rotation_twice(tmp_path):
     save_pretrained(lm("gpt_neox", rope_fraction=0.5, rope_theta=77.0), tmp_path)
     edit(tmp_path, rope_theta=77, partial_rotary_factor=0.5)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,22 @@ USUAL = {  # the special tokens that we use, and how they are spelled where no f
     "unk_token": (UNK, "[UNK]"),
     "pad_token": (PAD, "[PAD]", "<|padding|>"),
 }
+ChatTemplate = str | list[Any] | None
 MAX_BYTES, MAX_CONFIG = 100 << 20, 16 << 20  # of tokenizer.json (published ones reach 35 MB) and the files beside it
 
 
 class Tokenizer:
     """`encode` reads user text, `decode` writes text; ids of special tokens as attributes, None where there is none."""
 
-    def __init__(self, full: tokenizers.Tokenizer, names: dict[str, str], chat_template: str | None = None) -> None:
+    def __init__(self, full: tokenizers.Tokenizer, names: dict[str, str], chat_template: ChatTemplate = None) -> None:
         """`names` maps bos_token, eos_token, unk_token, pad_token to spellings that `full` holds."""
         full.no_truncation()
         full.no_padding()
-        full.add_special_tokens(list(names.values()))  # some files hold them as ordinary words
+        if getattr(full.model, "dropout", None) is not None:  # of merges, at random in every call
+            full.model.dropout = None
+        special = {token.content for token in full.get_added_tokens_decoder().values() if token.special}
+        # some files hold them as ordinary words; those that are special keep their other settings
+        full.add_special_tokens([spelling for spelling in names.values() if spelling not in special])
         self._full = full
         self.names = names
         self.chat_template = chat_template  # handed on to the folders we write; never run
@@ -61,7 +66,9 @@ class Tokenizer:
         """Ids of user text. No special token is added, and none comes out of the text: a word of the vocabulary that
         spells one becomes <unk>."""
         try:
-            found = self._user.encode(text, add_special_tokens=False).ids
+            found = _without_panic(self._user.encode, text, add_special_tokens=False).ids
+        except CheckpointError:
+            raise
         except Exception as e:
             why = "it holds a lone surrogate" if isinstance(e, TypeError) else str(e)[:100]
             raise DataError(f"text {text[:40]!a} cannot be tokenised: {why}") from e
@@ -75,12 +82,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids. Special tokens are left out, and so are ids past the vocabulary, which padded embeddings have.
         The first ids of a character of several tokens give U+FFFD."""
-        return self._full.decode(list(ids), skip_special_tokens=True)
+        return _without_panic(self._full.decode, list(ids), skip_special_tokens=True)
 
     @cached_property
     def puts_space(self) -> bool:
         """Whether each text gets a space of its own before it, as in SentencePiece's tokenizers for LLaMA 2."""
-        return self._user.normalizer is not None and self._user.normalizer.normalize_str("a") == "▁a"
+        normalizer = self._user.normalizer
+        return normalizer is not None and _without_panic(normalizer.normalize_str, "a") == "▁a"
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token's spelling, special ones too."""
@@ -187,6 +195,16 @@ class Tokenizer:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
+def _without_panic(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a function of the library gives. Over a damaged file it may panic, which is no Exception."""
+    try:
+        return call(*args, **options)
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise CheckpointError(f"tokenizer.json: is damaged, the library fails on it ({shown(str(e))})") from e
+
+
 def _without_added(full: tokenizers.Tokenizer, keep: set[str]) -> tokenizers.Tokenizer:
     """A copy that does not know the added tokens, but for those in `keep`, which it may number anew."""
     data = json.loads(full.to_str())
@@ -265,12 +283,11 @@ def _check_names(file: Path, full: tokenizers.Tokenizer, names: dict[str, str], 
             raise CheckpointError(f"{file}: holds {spelling[:40]!a} under id {actual}, not {key[:40]!a}")
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The text of the folder's chat template, to be handed on."""
-    if isinstance(config.get("chat_template"), str):
-        return config["chat_template"]
-    path = folder / "chat_template.jinja"
+def _chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate:
+    """The folder's chat template, or several with their names, to be handed on. The file comes before the setting, as
+    in transformers."""
+    path, template = folder / "chat_template.jinja", config.get("chat_template")
     if not os.path.lexists(path):
-        return None
+        return template if isinstance(template, str | list) else None
     with open_file(path) as (file, _):
         return file.read(MAX_CONFIG).decode("utf-8", "replace")

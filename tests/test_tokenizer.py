@@ -166,6 +166,25 @@ def test_save_and_load(tmp_path, make):
     assert Tokenizer.load(tmp_path).chat_template == "{{ never run }}"
 
 
+def test_chat_templates_are_handed_on(tmp_path):
+    """Of two, the one that transformers takes: a file of its own. Several may have names."""
+    words().save(tmp_path)
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    edit(tmp_path / "tokenizer_config.json", lambda config: config.update(chat_template=named))
+    Tokenizer.load(tmp_path).save(tmp_path)
+    assert Tokenizer.load(tmp_path).chat_template == named
+    (tmp_path / "chat_template.jinja").write_text("{{ new }}")
+    assert Tokenizer.load(tmp_path).chat_template == "{{ new }}"
+
+
+def test_special_tokens_keep_their_settings(tmp_path):
+    words().save(tmp_path)
+    swallows = {"lstrip": True, "rstrip": True, "normalized": True}
+    edit(tmp_path / "tokenizer.json", lambda data: data["added_tokens"][1].update(swallows))
+    before = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    assert json.loads(Tokenizer.load(tmp_path).to_json())["added_tokens"] == before
+
+
 def test_fingerprints_differ():
     others = [words(), bpe(), chars(), Tokenizer.from_words([*WORDS[:-1], "好!"])]
     assert len({t.fingerprint for t in others}) == 4
@@ -181,6 +200,14 @@ def test_stored_truncation_padding_and_post_processor_do_nothing(tmp_path):
     t = Tokenizer.load(tmp_path)
     assert t.encode("how was film how") == [3, 4, 5, 3]
     assert t.fingerprint == words().fingerprint
+
+
+def test_stored_dropout_does_nothing(tmp_path):
+    TRAINED.save(tmp_path)
+    edit(tmp_path / "tokenizer.json", lambda data: data["model"].update(dropout=0.9))
+    t = Tokenizer.load(tmp_path)
+    assert [t.encode(text) for text in TEXTS] == [TRAINED.encode(text) for text in TEXTS]
+    assert t.fingerprint == TRAINED.fingerprint
 
 
 def test_pad_falls_back_to_eos_and_names_may_be_objects(tmp_path):
@@ -272,6 +299,25 @@ def test_a_panic_of_the_library_is_an_error_like_others(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is no usable tokenizer\.json"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_panic_over_a_text_is_an_error_like_others(tmp_path):
+    """A table of characters that is cut, and a decoder that takes more off a word than it has."""
+    words().save(tmp_path)
+    cut = {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}
+    edit(tmp_path / "tokenizer.json", lambda data: data.update(normalizer=cut))
+    t = Tokenizer.load(tmp_path)
+    for call in (lambda: t.encode("how"), lambda: t.puts_space):
+        with pytest.raises(CheckpointError, match="damaged"):
+            call()
+    edit(tmp_path / "tokenizer.json", lambda data: data.update(normalizer=None))
+    edit(tmp_path / "tokenizer.json", lambda data: data["model"]["vocab"].update({"-": len(WORDS)}))
+    strip = {"type": "Strip", "content": "-", "start": 0, "stop": 2}
+    edit(tmp_path / "tokenizer.json", lambda data: data.update(decoder=strip))
+    t = Tokenizer.load(tmp_path)
+    assert t.decode([3]) == "how"
+    with pytest.raises(CheckpointError, match="damaged"):
+        t.decode([len(WORDS)])
 
 
 def test_absent_files_and_sentencepiece(tmp_path):

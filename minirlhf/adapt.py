@@ -39,7 +39,7 @@ from minirlhf.lora_config import ALL, FILE, LoRAConfig, read_adapter
 from minirlhf.model import Attention, Block, CausalLM
 from minirlhf.pretrained import holds_score, load_causal_lm, load_reward_model, load_value_model, save_pretrained
 from minirlhf.rng import generator
-from minirlhf.safefile import read_json_if_there
+from minirlhf.safefile import read_json_if_there, shown
 
 META, VALUE = "minirlhf.json", "value_model"  # the file beside the weights, the critic's folder beside the policy
 LOADED, TRAINED = "loaded", "trained"  # the adapter of a folder, and the one that a stage trains
@@ -62,10 +62,10 @@ def base_folder(folder: Path) -> Path | None:
     for place in (name, os.path.join(folder, name)):
         if os.path.isdir(place):
             if os.path.lexists(os.path.join(place, FILE)):
-                raise CheckpointError(f"{file}: its base {name} is an adapter itself; merge that one first")
+                raise CheckpointError(f"{file}: its base {shown(name)} is an adapter itself; merge that one first")
             return Path(os.path.abspath(place))
     raise CheckpointError(
-        f"{file}: its base {name!r} is no folder here; download the model and name its folder in "
+        f"{file}: its base {shown(name)} is no folder here; download the model and name its folder in "
         f"base_model_name_or_path"
     )
 

@@ -18,6 +18,7 @@ from minirlhf.safefile import read_json, shown
 
 FILE = "adapter_config.json"
 MAX_RANK = 2**16
+LARGEST = 1e30  # number; fp32 holds it
 ALL = "all-linear"
 SCALARS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora")
 PLACES = ("target_modules", "modules_to_save", "bias", "fan_in_fan_out", "init_lora_weights")
@@ -39,7 +40,7 @@ class LoRAConfig:
         if type(self.r) is not int or not 1 <= self.r <= MAX_RANK:
             raise UsageError(f"lora.r must be a whole number from 1 to {MAX_RANK}, not {shown(self.r)}")
         if not _is_number(self.alpha):
-            raise UsageError(f"lora.alpha must be a finite number, not {shown(self.alpha)}")
+            raise UsageError(f"lora.alpha must be a number up to {LARGEST:.0e}, not {shown(self.alpha)}")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise UsageError(f"lora.dropout must be in [0, 1), not {shown(self.dropout)}")
         if type(self.rslora) is not bool:
@@ -60,7 +61,7 @@ class LoRAConfig:
 
 
 def _is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and -1e308 <= x <= 1e308
+    return isinstance(x, int | float) and not isinstance(x, bool) and -LARGEST <= x <= LARGEST
 
 
 def match_targets(

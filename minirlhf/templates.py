@@ -211,7 +211,9 @@ def get_template(name: str) -> Template:
     if name in TEMPLATES:
         return TEMPLATES[name]
     if not name.endswith(".json"):
-        raise UsageError(f"data.template {name}: unknown; choose {', '.join(TEMPLATES)}, or a JSON file of your own")
+        raise UsageError(
+            f"data.template {name[:100]}: unknown; choose {', '.join(TEMPLATES)}, or a JSON file of your own"
+        )
     try:
         data = read_json(Path(name))
     except CheckpointError as e:

@@ -390,6 +390,7 @@ def test_targets_refused(targets, message):
         ({"r": 2.0}, "lora.r must be"),
         ({"alpha": float("nan")}, "lora.alpha must be"),
         ({"alpha": 10**400}, "lora.alpha must be"),
+        ({"alpha": 1e300}, "lora.alpha must be"),  # beyond fp32
         ({"dropout": 1.0}, "lora.dropout must be"),
         ({"dropout": -0.1}, "lora.dropout must be"),
         ({"rslora": 1}, "lora.rslora must be"),

@@ -224,6 +224,8 @@ def test_files_that_are_no_template(tmp_path, content, says):
 def test_unknown_names(tmp_path):
     with pytest.raises(UsageError, match="chatml"):
         get_template("chatlm")
+    with pytest.raises(UsageError, match=r"^.{,400}$"):
+        get_template("x" * 100_000)  # out of a folder's minirlhf.json
     for path in (tmp_path / "absent.json", tmp_path):
         with pytest.raises(UsageError, match=r"data\.template"):
             get_template(str(path))

@@ -350,7 +350,13 @@ def load_adapter(model: Model, path: str | Path, name: str) -> None:
     old = f"{PREFIX}{FAMILIES[model.config.family].head}.lora_A.weight" in file.entries
     names = model.module_names() if old else peft_names(model)
     shapes = {key: tuple(t.shape) for key, t in stored(adapter, names).items() if key not in left_out}
-    _check_entries(file, shapes)
+    copied = {}  # PEFT writes what is below an adapter of the head too
+    if "head" in targets and (key := f"{PREFIX}{names['head']}.base_layer.weight") in file.entries:
+        copied[key] = model.head.weight
+    _check_entries(file, shapes | {key: tuple(t.shape) for key, t in copied.items()})
+    for key, weight in copied.items():
+        if not weight.is_meta and not file.same(key, weight):
+            raise CheckpointError(f"{file.path}: tensor {key!r} differs from the base, so its base is another model")
     for where in targets:
         layers[where].to_empty(device=model.get_submodule(where).weight.device)
     tensors = stored(adapter, names)

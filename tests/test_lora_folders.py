@@ -146,6 +146,22 @@ def test_both_names_of_the_head_of_gpt_neox(head, targets, tmp_path):
     refused(tmp_path, "lm_head.lora_A.weight' belongs to nothing", make(family="gpt_neox"))
 
 
+def test_the_head_of_the_base_beside_its_adapter(tmp_path):
+    """PEFT writes it where nobody says otherwise; it must be the one there is."""
+    model = CausalLM(ModelConfig(family="llama", d_model=8, n_layer=1, n_head=2), rng=generator(0, "weights"))
+    add_adapter(model, "a", LoRAConfig(r=2, alpha=2, targets=("lm_head",)))
+    save_adapter(model, "a", tmp_path)
+    file, below = tmp_path / "adapter_model.safetensors", "base_model.model.lm_head.base_layer.weight"
+    save_file(load_file(file) | {below: model.head.weight.detach().bfloat16().float()}, file)
+    with pytest.raises(CheckpointError, match="differs from the base"):
+        load_adapter(model, tmp_path, "b")
+    save_file(load_file(file) | {below: model.head.weight.detach().clone()}, file)
+    load_adapter(model, tmp_path, "b")
+    save_file(load_file(file) | {below: torch.ones(3, 8)}, file)
+    with pytest.raises(CheckpointError, match="base_layer"):
+        load_adapter(model, tmp_path, "c")
+
+
 def test_the_base_is_saved_without_its_adapters(tmp_path):
     model = make()
     base = model(IDS)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tolerance import assert_close
 
 from minirlhf import stage
@@ -132,12 +133,16 @@ def test_ours_there(family, task, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("below", [False, "auto"])
 @pytest.mark.parametrize("family", KINDS)
-def test_the_head_both_ways(family, tmp_path):
-    """Named `lm_head`, tied to the embedding or not: PEFT leaves the embedding alone, and so do we."""
+def test_the_head_both_ways(family, below, tmp_path):
+    """Named `lm_head`, tied to the embedding or not, with or without the base's own: PEFT leaves the embedding alone,
+    and so do we."""
     model, ours = base(family, "CAUSAL_LM", tmp_path / "base")
     adapted = their_adapter(model, "CAUSAL_LM", [*TARGETS[family], "lm_head"])
-    adapted.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    adapted.save_pretrained(tmp_path / "theirs", save_embedding_layers=below)
+    names = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert any("base_layer" in name for name in names) == bool(below)
     expected = their_output(adapted)
     load_adapter(ours, tmp_path / "theirs", "a")
     with use_adapter(ours, "a"):

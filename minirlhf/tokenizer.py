@@ -54,8 +54,9 @@ class Tokenizer:
         self.unk_id: int | None = ids.get("unk_token")
         self.pad_id: int | None = ids.get("pad_token", self.eos_id)  # what is padding, masks say, never this id
         added = full.get_added_tokens_decoder()
-        # some tokenizers hold runs of spaces, which are ordinary text, as added tokens
-        plain = {i: token.content for i, token in added.items() if not token.special and token.content.isspace()}
+        # some tokenizers hold runs of spaces, or letters (DeepSeek: ü), which are ordinary text, as added tokens
+        texts = {i: token.content for i, token in added.items() if not token.special}
+        plain = {i: text for i, text in texts.items() if text.isspace() or len(text) == 1}
         self.added_ids = frozenset(added) - plain.keys()  # these never come out of text
         self._user = _without_added(full, set(plain.values()))
         self._renumber = {self._user.token_to_id(content): i for i, content in plain.items()}

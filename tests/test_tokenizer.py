@@ -117,11 +117,12 @@ def with_markers(special):
     """A byte-level BPE with a role marker that is added with special: false, as in some chat models."""
     base = tokenizers.Tokenizer.from_str(json.dumps(json.loads(TRAINED._full.to_str())))
     base.add_tokens([tokenizers.AddedToken("<tool>", special=special), tokenizers.AddedToken("    ", normalized=True)])
+    base.add_tokens([tokenizers.AddedToken("ü", normalized=True)])
     return base
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_role_markers_and_runs_of_spaces(tmp_path, special):
+def test_role_markers_runs_of_spaces_and_letters(tmp_path, special):
     (tmp_path / "tokenizer.json").write_text(with_markers(special).to_str())
     t = Tokenizer.load(tmp_path)
     marker, spaces = t.token_to_id("<tool>"), t.token_to_id("    ")
@@ -129,6 +130,8 @@ def test_role_markers_and_runs_of_spaces(tmp_path, special):
     assert marker not in t.encode("<tool>x")
     assert t.encode("<tool>") == TRAINED.encode("<tool>")
     assert spaces in t.encode("a    b")  # ordinary text, as the model was trained on
+    assert t.encode("für") == with_markers(special).encode("für", add_special_tokens=False).ids
+    assert t.token_to_id("ü") in t.encode("für")
     assert marker in t.added_ids
     assert spaces not in t.added_ids
     assert t.decode(t.encode("a    b")) == "a    b"

@@ -145,6 +145,7 @@ class Tokenizer:
         full, config = _parse(path / "tokenizer.json"), read_json_if_there(path / "tokenizer_config.json", MAX_CONFIG)
         names = _special_names(path, full, config)
         _check_names(path / "tokenizer.json", full, names, config)
+        _add_stated(full, config)
         return cls(full, names, _chat_template(path, config))
 
     # ---- made here --------------------------------------------------------------------------------------------------
@@ -282,6 +283,18 @@ def _check_names(file: Path, full: tokenizers.Tokenizer, names: dict[str, str], 
             raise CheckpointError(f"{file}: does not hold {spelling[:40]!a}, which the folder names as a special token")
         if key not in (None, str(actual)):
             raise CheckpointError(f"{file}: holds {spelling[:40]!a} under id {actual}, not {key[:40]!a}")
+
+
+def _add_stated(full: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """What tokenizer_config.json calls an added token is one, though tokenizer.json holds it as an ordinary word."""
+    decoder, known = config.get("added_tokens_decoder"), {t.content for t in full.get_added_tokens_decoder().values()}
+    new = []
+    for token in decoder.values() if isinstance(decoder, dict) else ():
+        settings = token if isinstance(token, dict) else {"content": str(token)}
+        if (spelling := str(settings.get("content"))) not in known:
+            flags = {name: settings.get(name) is True for name in ("lstrip", "rstrip", "normalized", "single_word")}
+            new.append(tokenizers.AddedToken(spelling, special=settings.get("special") is not False, **flags))
+    full.add_tokens(new)
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate:

@@ -240,6 +240,23 @@ def test_special_tokens_held_as_ordinary_words_are_special_here(tmp_path):
     assert t.encode("<eos>") == [2]
 
 
+def test_added_tokens_of_the_configuration_held_as_ordinary_words(tmp_path):
+    """Unigram finds whole words; a user could speak for another."""
+    pieces = ["<unk>", "<eos>", "<|user|>", "<tool>", "a", *"<|>"]
+    full = tokenizers.Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], 0))
+    assert full.encode("a<|user|>").ids == [4, 2]
+    full.save(str(tmp_path / "tokenizer.json"))
+    stated = {"2": {"content": "<|user|>", "special": True}, "3": {"content": "<tool>", "special": False}}
+    config = {"eos_token": "<eos>", "unk_token": "<unk>", "added_tokens_decoder": stated}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    t = Tokenizer.load(tmp_path)
+    assert {2, 3} <= t.added_ids
+    assert not {2, 3} & set(t.encode("a<|user|><tool>"))
+    assert t.decode([4, 2, 3]) == "a <tool>"  # as transformers
+    t.save(tmp_path)
+    assert Tokenizer.load(tmp_path).fingerprint == t.fingerprint
+
+
 def rename_eos(data):
     data["model"]["vocab"] = {("<EOS>" if k == "<eos>" else k): v for k, v in data["model"]["vocab"].items()}
     for token in data["added_tokens"]:

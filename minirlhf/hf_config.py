@@ -4,9 +4,8 @@ Not here: tensors and folders (`pretrained.py`). What goes wrong: a setting that
 that runs and is another one. Therefore every setting is served exactly, listed here as harmless, or refused by name.
 """
 
-from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 from minirlhf.architecture import DROPOUTS, ModelConfig
 from minirlhf.errors import CheckpointError, UsageError
@@ -54,62 +53,63 @@ ROPE_KEYS = {  # rope type -> its settings
 }
 ROPE_COPIES = ("rope_theta", "partial_rotary_factor")  # which transformers 4 wrote into gpt_neox folders beside its own
 ROPE_NUMBERS = ("rope_theta", "partial_rotary_factor", *ROPE_KEYS["llama3"])
-Refuse = Callable[[str], NoReturn]
 
 
 def parse_config(
     raw: dict[str, Any],
     where: object,  # the file, for messages
 ) -> ModelConfig:
-    """The architecture that a config.json describes."""
+    """The architecture that a config.json describes. Raises CheckpointError."""
+    try:
+        return _parse(raw)
+    except UsageError as e:  # of ModelConfig and of every function below
+        raise CheckpointError(f"{where}: {e}") from e
 
-    def refuse(what: str) -> NoReturn:
-        raise CheckpointError(f"{where}: {what}")
 
-    family_name = _family_name(raw, refuse)
+def _parse(raw: dict[str, Any]) -> ModelConfig:
+    family_name = _family_name(raw)
     family = FAMILIES[family_name]
-    _check_settings(raw, family_name, refuse)
+    _check_settings(raw, family_name)
     found: dict[str, Any] = {"family": family_name}
     for field, (spellings, default) in family.fields.items():
-        name, value = _one_of(raw, spellings, default, refuse)
-        found[field] = _typed(field, name, value, refuse)
+        name, value = _one_of(raw, spellings, default)
+        found[field] = _typed(field, name, value)
     if "activation" in found:
         if found["activation"] not in SPELLINGS:
-            refuse(f"activation {shown(found['activation'])} is not supported; one of {', '.join(SPELLINGS)}")
+            raise UsageError(f"activation {shown(found['activation'])} is not supported; one of {', '.join(SPELLINGS)}")
         found["activation"] = SPELLINGS[found["activation"]]
-    found |= _special_ids(raw, family, found["vocab_size"], refuse)
+    found |= _special_ids(raw, family, found["vocab_size"])
     if family_name in WINDOWED:
-        found |= _windows(raw, found["n_layer"], refuse)
-    try:
-        if family.switches["position"] == "rotary":
-            found |= _rope(raw, family_name, found["max_seq_len"], refuse)
-        return ModelConfig(**found)
-    except UsageError as e:
-        refuse(str(e))
+        found |= _windows(raw, found["n_layer"])
+    if family.switches["position"] == "rotary":
+        found |= _rope(raw, family_name, found["max_seq_len"])
+    return ModelConfig(**found)
 
 
-def _family_name(raw: dict[str, Any], refuse: Refuse) -> str:
+def _family_name(raw: dict[str, Any]) -> str:
     name = raw.get("model_type")
     if name == "baichuan":  # 7B is a llama with one matrix for q, k and v
         if "model_max_length" in raw or "z_loss_weight" in raw:
-            refuse("only Baichuan-7B is supported; the 13B model (ALiBi) and Baichuan 2 (normed head) are not")
+            raise UsageError(
+                "only Baichuan-7B is supported; the 13B model (ALiBi) and Baichuan 2 (normed head) are not"
+            )
         return "llama"
     if not isinstance(name, str) or name not in FAMILIES:
-        refuse(f"model_type {shown(name)} is not supported; one of {', '.join([*FAMILIES, 'baichuan'])}")
+        raise UsageError(f"model_type {shown(name)} is not supported; one of {', '.join([*FAMILIES, 'baichuan'])}")
     return name
 
 
-def _check_settings(raw: dict[str, Any], family_name: str, refuse: Refuse) -> None:
+def _check_settings(raw: dict[str, Any], family_name: str) -> None:
     """Every setting is known, and those that only one value serves have it."""
     family = FAMILIES[family_name]
     if raw.get("quantization_config") is not None:
-        refuse("quantization_config: quantised weights are not supported; save the model in bf16 or fp32")
+        raise UsageError("quantization_config: quantised weights are not supported; save the model in bf16 or fp32")
     fixed = NEUTRAL | family.fixed
     if family_name == "opt":
         fixed["word_embed_proj_dim"] = raw.get("hidden_size", family.fields["d_model"][1])
     for name, value in fixed.items():
         if raw.get(name) is not None and raw[name] != value:
-            refuse(f"{name} {shown(raw[name])} is not supported, only {shown(value)}")
+            raise UsageError(f"{name} {shown(raw[name])} is not supported, only {shown(value)}")
     known = {*HARMLESS.split(), *SPECIAL, *fixed, *(s for spellings, _ in family.fields.values() for s in spellings)}
     if family.switches["position"] == "rotary":
         known |= {"rope_parameters", "rope_scaling"}
@@ -117,43 +117,47 @@ def _check_settings(raw: dict[str, Any], family_name: str, refuse: Refuse) -> No
     known |= set(WINDOW_KEYS) if family_name in WINDOWED else set()
     for name, value in raw.items():
         if name not in known and value is not None and not name.startswith("_"):
-            refuse(f"setting {shown(name)} is unknown for {family_name}; delete it if it does not change the model")
+            raise UsageError(
+                f"setting {shown(name)} is unknown for {family_name}; delete it if it does not change the model"
+            )
 
 
-def _one_of(raw: dict[str, Any], spellings: tuple[str, ...], default: object, refuse: Refuse) -> tuple[str, Any]:
+def _one_of(raw: dict[str, Any], spellings: tuple[str, ...], default: object) -> tuple[str, Any]:
     """A setting under any of its names: the name found and the value."""
     found = [(name, raw[name]) for name in spellings if name in raw]
     if not found:
         return spellings[0], default
     for name, value in found[1:]:
         if value != found[0][1]:
-            refuse(f"{found[0][0]} {shown(found[0][1])} and {name} {shown(value)} say the same thing differently")
+            raise UsageError(
+                f"{found[0][0]} {shown(found[0][1])} and {name} {shown(value)} say the same thing differently"
+            )
     return found[0]
 
 
-def _typed(field: str, name: str, value: object, refuse: Refuse) -> Any:
+def _typed(field: str, name: str, value: object) -> Any:
     """The value in the type that the field of ModelConfig has."""
     if value is None and field in NULLABLE:
         return None
     kind = TYPES[field] if TYPES[field] in (float, bool, str) else int
     if type(value) is not kind and (kind, type(value)) != (float, int):
-        refuse(f"{name} must be of type {kind.__name__}, not {shown(value)}")
+        raise UsageError(f"{name} must be of type {kind.__name__}, not {shown(value)}")
     if kind is float:
-        return _number(name, value, refuse)
+        return _number(name, value)
     most = MAX_LAYERS if field == "n_layer" else MAX_SIZE
     if kind is int and not 1 <= value <= most:  # type: ignore[operator]
-        refuse(f"{name} must be between 1 and {most}, not {shown(value)}")
+        raise UsageError(f"{name} must be between 1 and {most}, not {shown(value)}")
     return value
 
 
-def _number(name: str, value: Any, refuse: Refuse) -> float:
+def _number(name: str, value: Any) -> float:
     """A finite number that is not negative."""
     if type(value) not in (int, float) or not 0 <= value < 1e30:
-        refuse(f"{name} must be a number from 0 up, not {shown(value)}")
+        raise UsageError(f"{name} must be a number from 0 up, not {shown(value)}")
     return float(value)
 
 
-def _special_ids(raw: dict[str, Any], family: Family, vocab_size: int, refuse: Refuse) -> dict[str, Any]:
+def _special_ids(raw: dict[str, Any], family: Family, vocab_size: int) -> dict[str, Any]:
     """Ids of BOS, EOS (one or several) and padding, inside the embedding."""
     found: dict[str, Any] = {}
     for key in SPECIAL:
@@ -163,57 +167,59 @@ def _special_ids(raw: dict[str, Any], family: Family, vocab_size: int, refuse: R
         ids = value if key == "eos_token_id" and isinstance(value, list) else [] if value is None else [value]
         for i in ids:
             if type(i) is not int or not 0 <= i < vocab_size:
-                refuse(f"{key} {shown(i)} is no row of an embedding of {vocab_size} tokens")
+                raise UsageError(f"{key} {shown(i)} is no row of an embedding of {vocab_size} tokens")
         found[key] = tuple(ids) if isinstance(value, list) else value
     return found
 
 
-def _windows(raw: dict[str, Any], n_layer: int, refuse: Refuse) -> dict[str, Any]:
+def _windows(raw: dict[str, Any], n_layer: int) -> dict[str, Any]:
     """Sliding windows of qwen2 and qwen3: only where switched on, in the layers listed or from max_window_layers on."""
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
     first, kinds = raw.get("max_window_layers", 28), raw.get("layer_types")
     if type(first) is not int:
-        refuse(f"max_window_layers must be of type int, not {shown(first)}")
+        raise UsageError(f"max_window_layers must be of type int, not {shown(first)}")
     if kinds is None:
         layers = tuple(range(max(first, 0), n_layer)) if window is not None else ()
     else:
         if not isinstance(kinds, list) or len(kinds) != n_layer or not all(map(LAYER_TYPES.__contains__, kinds)):
-            refuse(f"layer_types must name full_attention or sliding_attention for each of the {n_layer} layers")
+            raise UsageError(
+                f"layer_types must name full_attention or sliding_attention for each of the {n_layer} layers"
+            )
         layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     if not layers:
         return {}
-    window = _typed("sliding_window", "sliding_window", window, refuse)
+    window = _typed("sliding_window", "sliding_window", window)
     if window is None:
-        refuse("layer_types has sliding_attention, but there is no sliding_window in use")
+        raise UsageError("layer_types has sliding_attention, but there is no sliding_window in use")
     return {"sliding_window": window, "sliding_layers": None if len(layers) == n_layer else layers}
 
 
-def _rope(raw: dict[str, Any], family_name: str, max_seq_len: int, refuse: Refuse) -> dict[str, Any]:
+def _rope(raw: dict[str, Any], family_name: str, max_seq_len: int) -> dict[str, Any]:
     """Rotary settings as fields of ModelConfig."""
-    settings = _rope_settings(raw, family_name, refuse)
+    settings = _rope_settings(raw, family_name)
     kind = settings.pop("rope_type", "default")
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        refuse(f"rope_type {shown(kind)} is not supported; one of {', '.join(ROPE_KEYS)}")
+        raise UsageError(f"rope_type {shown(kind)} is not supported; one of {', '.join(ROPE_KEYS)}")
     usual = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25 if family_name == "gpt_neox" else 1.0}
     usual["original_max_position_embeddings"] = max_seq_len
     known = ("rope_theta", "partial_rotary_factor", *ROPE_KEYS[kind])
     for name in settings:
         if name not in known:
-            refuse(f"rope setting {shown(name)} is unknown for rope_type {kind}")
-    found = {name: _number(f"rope setting {name}", settings.get(name, usual.get(name)), refuse) for name in known}
+            raise UsageError(f"rope setting {shown(name)} is unknown for rope_type {kind}")
+    found = {name: _number(f"rope setting {name}", settings.get(name, usual.get(name))) for name in known}
     for name in ROPE_COPIES if family_name == "gpt_neox" else ():
         if raw.get(name) not in (None, found[name]):
-            refuse(f"rope setting {name} is both {found[name]} and {shown(raw[name])}")
+            raise UsageError(f"rope setting {name} is both {found[name]} and {shown(raw[name])}")
     theta, fraction, factor, low, high, n = (found.get(name, 1.0) for name in ROPE_NUMBERS)
     if family_name != "gpt_neox" and fraction != 1:
-        refuse(f"partial_rotary_factor {fraction} is not supported for {family_name}")
+        raise UsageError(f"partial_rotary_factor {fraction} is not supported for {family_name}")
     if min(theta, factor, low, n) <= 0 or fraction > 1 or (kind == "llama3" and low >= high):
-        refuse(f"the rope settings are out of range: {shown(found)}")
+        raise UsageError(f"the rope settings are out of range: {shown(found)}")
     llama3 = (low, high, int(n)) if kind == "llama3" else None
     return {"rope_theta": theta, "rope_fraction": fraction, "rope_factor": factor, "rope_llama3": llama3}
 
 
-def _rope_settings(raw: dict[str, Any], family_name: str, refuse: Refuse) -> dict[str, Any]:
+def _rope_settings(raw: dict[str, Any], family_name: str) -> dict[str, Any]:
     """The new spelling (`rope_parameters`) and the old ones as one, which must agree where they repeat each other."""
     flat = {"rope_theta": raw.get("rope_theta")}
     if family_name == "gpt_neox":
@@ -221,11 +227,11 @@ def _rope_settings(raw: dict[str, Any], family_name: str, refuse: Refuse) -> dic
     settings: dict[str, Any] = {}
     for part in (raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}, flat):
         if not isinstance(part, dict):
-            refuse(f"rope settings must be an object, not {shown(part)}")
+            raise UsageError(f"rope settings must be an object, not {shown(part)}")
         for name, value in part.items():
             name = "rope_type" if name == "type" else name
             if value is not None and settings.setdefault(name, value) != value:
-                refuse(f"rope setting {name} is both {shown(settings[name])} and {shown(value)}")
+                raise UsageError(f"rope setting {name} is both {shown(settings[name])} and {shown(value)}")
     return settings
 
 

@@ -7,7 +7,7 @@ another in training, and the (N, V) logits themselves, which are larger than eve
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -157,6 +157,17 @@ def _head_stats_torch(  # noqa: PLR0913  (as `head_stats`)
     return _Head.apply(hidden, weight, bias, targets, ref_hidden, ref_weight, plan)
 
 
+class _Inputs(NamedTuple):
+    """The tensors of `_head_stats_torch`."""
+
+    hidden: Tensor  # (N, C)
+    weight: Tensor  # (V, C)
+    bias: Any  # (V,) or None
+    targets: Tensor  # (N,)
+    ref_hidden: Any  # (N, C') or None
+    ref_weight: Any  # (V, C') or None
+
+
 class _Plan(NamedTuple):
     want: tuple[str, ...]
     temperature: float
@@ -176,7 +187,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         """Statistics; with a frozen weight also the slopes d statistic/d hidden."""
-        *inputs, plan = args
+        inputs, plan = _Inputs(*args[:6]), args[6]
         need_hidden, *need_others = (plan.grad and need for need in ctx.needs_input_grad[:3])
         frozen = need_hidden and not any(need_others)
         sums = _Sums(inputs, plan, slopes=frozen)
@@ -198,7 +209,7 @@ class _Head(torch.autograd.Function):
         if ctx.frozen:
             slopes = dict(zip(ctx.plan.want, ctx.saved_tensors, strict=True))
             return sum(g[:, None] * slopes[name] for name, g in given.items()), *(None,) * 6
-        inputs, norms = ctx.saved_tensors[:6], _Norms(*ctx.saved_tensors[6:])
+        inputs, norms = _Inputs(*ctx.saved_tensors[:6]), _Norms(*ctx.saved_tensors[6:])
         hidden, weight, bias = inputs[:3]
         dtype, (need_hidden, need_weight, need_bias) = norms.m.dtype, ctx.needs_input_grad[:3]
         dh = torch.zeros_like(hidden, dtype=dtype) if need_hidden else None
@@ -235,9 +246,9 @@ class _Sums:
     place of 1, `vectors`, give the slopes d statistic/d hidden without a second look at the logits.
     """
 
-    def __init__(self, inputs: Sequence[Any], plan: _Plan, *, slopes: bool) -> None:
+    def __init__(self, inputs: _Inputs, plan: _Plan, *, slopes: bool) -> None:
         """Run through all tiles."""
-        hidden, weight = inputs[:2]
+        hidden, weight = inputs.hidden, inputs.weight
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         names = ["d"] * ("kl" in plan.want) + ["x"] * ("entropy" in plan.want) + ["s"]
         self.inputs, self.plan = inputs, plan
@@ -250,11 +261,11 @@ class _Sums:
 
     def _add(self, rows: slice, cols: slice) -> None:
         """One tile (n, v)."""
-        targets, kl = self.inputs[3][rows], "d" in self.sums
+        targets, kl = self.inputs.targets[rows], "d" in self.sums
         z, bend = _logits(rows, cols, self.inputs, self.plan)  # (n, v)
         where, inside = _columns(targets, cols)  # (n, 1) each
         self.a[rows] += torch.where(inside, z.gather(1, where), 0.0)[:, 0]
-        if self.inputs[2] is not None:
+        if self.inputs.bias is not None:
             z.clamp_(min=LOWEST)
         fall = _take_out(z, self.m[rows])  # (n,)
         terms: dict[str, tuple[Any, Tensor]] = {"x": (z, fall)}
@@ -269,7 +280,7 @@ class _Sums:
             part = e if f is None else f.mul_(e)  # (n, v)
             _move(total[rows], self.sums["s"][rows], shift, decay).add_(part.sum(1))
             if name in self.vectors:
-                vector, w = self.vectors[name][rows], self.inputs[1][cols]
+                vector, w = self.vectors[name][rows], self.inputs.weight[cols]
                 _move(vector.T, self.vectors["s"][rows].T, shift, decay)
                 # Not rounded to 16 bits, on CUDA either: of a likely token nearly all of this is subtracted again.
                 vector += product(part if bend is None else part * bend, w.to(part.dtype))
@@ -297,7 +308,7 @@ class _Sums:
         if name == "lse":
             return mean
         if name == "logprobs":
-            own = self.inputs[1][self.inputs[3]].to(mean.dtype) / self.plan.temperature
+            own = self.inputs.weight[self.inputs.targets].to(mean.dtype) / self.plan.temperature
             if self.plan.softcap is not None:
                 own *= (1.0 - (self.a * self.plan.temperature / self.plan.softcap).square())[:, None]
             return own.sub_(mean)
@@ -341,7 +352,7 @@ def _columns(targets: Tensor, cols: slice) -> tuple[Tensor, Tensor]:  # (n,) →
     return where.clamp(0, cols.stop - cols.start - 1), (where >= 0) & (where < cols.stop - cols.start)
 
 
-def _logits(rows: slice, cols: slice, inputs: Sequence[Any], plan: _Plan) -> tuple[Tensor, Tensor | None]:  # (n, v)
+def _logits(rows: slice, cols: slice, inputs: _Inputs, plan: _Plan) -> tuple[Tensor, Tensor | None]:  # (n, v)
     """z, and with a softcap dv/du = 1 - (v/softcap)²."""
     hidden, weight, bias = inputs[:3]
     z = product(hidden[rows], weight[cols].to(hidden.dtype).T)
@@ -350,8 +361,8 @@ def _logits(rows: slice, cols: slice, inputs: Sequence[Any], plan: _Plan) -> tup
     return _capped(z, plan)
 
 
-def _ref_logits(rows: slice, cols: slice, inputs: Sequence[Any], plan: _Plan) -> Tensor:  # (n, v)
-    hidden, weight = inputs[4:6]
+def _ref_logits(rows: slice, cols: slice, inputs: _Inputs, plan: _Plan) -> Tensor:  # (n, v)
+    hidden, weight = inputs.ref_hidden, inputs.ref_weight
     return _capped(product(hidden[rows], weight[cols].to(hidden.dtype).T), plan)[0]
 
 
@@ -366,14 +377,14 @@ def _capped(u: Tensor, plan: _Plan) -> tuple[Tensor, Tensor | None]:  # (n, v), 
 
 
 def _logit_gradient(
-    rows: slice, cols: slice, inputs: Sequence[Any], norms: _Norms, given: dict[str, Tensor], plan: _Plan
+    rows: slice, cols: slice, inputs: _Inputs, norms: _Norms, given: dict[str, Tensor], plan: _Plan
 ) -> Tensor:  # (n, v) du
     """The formula in the docstring of `_Head`, where log p + H = (z - m) - x/s and log p - log q - kl = g - d/s."""
     A, E, S, K = (given[name][rows, None] if name in given else None for name in HeadStats._fields)  # (n, 1) each
     columns: Iterator[Any] = (None if t is None else t[rows, None] for t in norms)
     m, s, x, d, ref_m = columns  # (n, 1) each
     z, bend = _logits(rows, cols, inputs, plan)
-    if inputs[2] is not None:
+    if inputs.bias is not None:
         z.clamp_(min=LOWEST)
     z -= m
     factor: Any = 0.0
@@ -387,7 +398,7 @@ def _logit_gradient(
         factor = factor + K * (z - (_ref_logits(rows, cols, inputs, plan) - ref_m) - d / s)
     du = z.exp_().mul_(factor / (s * plan.temperature))
     if A is not None:
-        where, inside = _columns(inputs[3][rows], cols)
+        where, inside = _columns(inputs.targets[rows], cols)
         du.scatter_add_(1, where, torch.where(inside, A / plan.temperature, 0.0))
     return du if bend is None else du.mul_(bend)
 

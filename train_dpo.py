@@ -30,12 +30,9 @@ def main(config: DPOConfig, run: Run) -> None:
     c, size = config, config.dpo.microbatch_size
     loaded = stage.load_policy(c)
     records, held_out = stage.ranked_records(c, run, loaded)
-    model, tokenizer, template = sft_model(loaded.model, c), loaded.tokenizer, loaded.template
-    max_length = c.data.max_length or model.config.max_seq_len
-    pairs, counts = encode_pairs(records, tokenizer, template, max_length)
-    stage.report_counts("data", counts, len(records))
-    validation, counts = encode_pairs(held_out, tokenizer, template, max_length) if held_out else ([], {})
-    stage.report_counts("held-out data", counts, len(held_out))
+    model = sft_model(loaded.model, c)
+    pairs = stage.encoded(c, loaded, encode_pairs, records, "data")
+    validation = stage.encoded(c, loaded, encode_pairs, held_out, "held-out data")
 
     def logprobs(rows: list[Pair]) -> Tensor:  # n pairs → (2, n), of the better and of the worse answers
         both = [pair.better for pair in rows] + [pair.worse for pair in rows]
@@ -64,8 +61,8 @@ def main(config: DPOConfig, run: Run) -> None:
 
     words = ("loss", "val/accuracy", "val/margin", "tokens_per_s")
     fit(run, engine, model, losses, validate, eval_every=c.dpo.eval_every, words=words)
-    whole = engine.whole(model)
-    stage.conclude(run, lambda folder: stage.save(folder, whole, tokenizer, template))
+    whole = loaded._replace(model=engine.whole(model))
+    stage.conclude(run, lambda folder: stage.save(folder, whole))
 
 
 if __name__ == "__main__":

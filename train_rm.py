@@ -32,18 +32,15 @@ from minirlhf.run import Run, run_script
 def main(config: RMConfig, run: Run) -> None:
     """Data, model, loop, probe, final/."""
     c, size = config, config.rm.microbatch_size
-    policy, tokenizer, template, _ = loaded = stage.load_policy(c)
+    policy, tokenizer, template = loaded = stage.load_policy(c)
     records, held_out = stage.ranked_records(c, run, loaded, loss=c.rm.loss)
     own = stage.own_answers(c, loaded, records) if c.rm.normalize else None
     model = reward_model(policy, c)
-    max_length = c.data.max_length or model.config.max_seq_len
     records = [*records, *hard_negatives(records, c.rm.hard_negatives, c.run.seed)]
-    lists, counts = encode_lists(records, tokenizer, template, max_length)
-    stage.report_counts("data", counts, len(records))
+    lists = stage.encoded(c, loaded, encode_lists, records, "data")
     if c.rm.margin and not any(one.grades for one in lists):
         raise DataError(f"{c.data.path}: its answers have no scores or margins, which rm.margin multiplies")
-    validation, counts = encode_lists(held_out, tokenizer, template, max_length) if held_out else ([], {})
-    stage.report_counts("held-out data", counts, len(held_out))
+    validation = stage.encoded(c, loaded, encode_lists, held_out, "held-out data")
     if c.rm.loss == "direct":
         validation = side_by_side(validation, 16, seed=c.run.seed)
         if held_out and not validation:
@@ -75,8 +72,8 @@ def main(config: RMConfig, run: Run) -> None:
         write_probe(run, partial(score_texts, model, tokenizer, template, device=c.run.device), prompts, answers)
     statistics = {"score_gain": model.gain, "score_bias": model.bias, "score_mean": float(scores.mean()),
                   "score_std": float(scores.std(correction=0)), "score_max": float(scores.max())}  # fmt: skip
-    whole = engine.whole(model)
-    stage.conclude(run, lambda folder: stage.save(folder, whole, tokenizer, template, **statistics))
+    whole = loaded._replace(model=engine.whole(model))
+    stage.conclude(run, lambda folder: stage.save(folder, whole, **statistics))
 
 
 def list_losses(found: Tensor, part: Sequence[RankedList], how: RMSection) -> Tensor:  # (N,) → (b,)

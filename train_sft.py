@@ -41,19 +41,16 @@ def main(config: SFTConfig, run: Run) -> None:
         raise UsageError(
             f"sft.lisa_layers draws whole blocks, and model.path {c.model.path} is an adapter; set it to 0"
         )
-    model, tokenizer, template = sft_model(loaded.model, c), loaded.tokenizer, loaded.template
-    max_length = c.data.max_length or model.config.max_seq_len
-    examples, counts = encode_sft(records, tokenizer, template, max_length)
-    stage.report_counts("data", counts, len(records))
-    validation, counts = encode_sft(held_out, tokenizer, template, max_length) if held_out else ([], {})
-    stage.report_counts("held-out data", counts, len(held_out))
+    model, room = sft_model(loaded.model, c), stage.max_length(c, loaded)
+    examples = stage.encoded(c, loaded, encode_sft, records, "data")
+    validation = stage.encoded(c, loaded, encode_sft, held_out, "held-out data")
     engine = Engine(c.run, [model])
 
     def losses(step: int) -> Iterator[tuple[Tensor, int]]:
         rows = step_rows(len(examples), c.sft.minibatch_size, step - 1, seed=c.run.seed)
         texts = [examples[r] for r in rows]
         n = sum(sum(text.trained[1:]) for text in texts)  # labels of this optimizer step
-        texts = pack(texts, max_length, c.sft.microbatch_size) if c.sft.pack else texts
+        texts = pack(texts, room, c.sft.microbatch_size) if c.sft.pack else texts
         for part in microbatches(range(len(texts)), c.sft.microbatch_size, lambda i: len(texts[i].ids)):
             own = [texts[i] for i in part]
             with engine.precision():
@@ -75,8 +72,8 @@ def main(config: SFTConfig, run: Run) -> None:
 
     fit(run, engine, model, losses, validate, eval_every=c.sft.eval_every, words=("loss", "val/loss", "tokens_per_s"),
         learning=learning)  # fmt: skip
-    whole = engine.whole(model)
-    stage.conclude(run, lambda folder: stage.save(folder, whole, tokenizer, template))
+    whole = loaded._replace(model=engine.whole(model))
+    stage.conclude(run, lambda folder: stage.save(folder, whole))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def prepare(folder, n_layer):
     del base
     for case, r in CASES.items():
         config = RMConfig(model=ModelSection(path=str(folder / "base")), lora=LoRASection(r=r))
-        stage.save(folder / case, reward_model(load_causal_lm(folder / "base"), config), tokenizer, template)
+        made = reward_model(load_causal_lm(folder / "base"), config)
+        stage.save(folder / case, stage.Loaded(made, tokenizer, template))
 
 
 def step(folder, case):

@@ -96,7 +96,7 @@ def sft_sizes(config: Any, run: Any) -> Sizes:
     records, _ = stage.sft_records(c, run)
     loaded = stage.load_or_make(c, records)
     model = sft_model(loaded.model, c)
-    room = c.data.max_length or model.config.max_seq_len
+    room = stage.max_length(c, loaded)
     examples, _ = encode_sft(records, loaded.tokenizer, loaded.template, room)
     longest = room if c.sft.pack else max(len(example.ids) for example in examples)
     return Sizes({"model": model}, c.sft.microbatch_size, longest, targets=longest - 1, packed=c.sft.pack)
@@ -110,7 +110,7 @@ def rm_sizes(config: Any, run: Any) -> Sizes:
     if not c.data.path:
         return _judged(c, loaded, models, c.rm.microbatch_size)
     records, _ = stage.ranked_records(c, run, loaded, loss=c.rm.loss)
-    longest = c.data.max_length or loaded.model.config.max_seq_len
+    longest = stage.max_length(c, loaded)
     lists, _ = encode_lists(records, loaded.tokenizer, loaded.template, longest)
     sizes = Sizes(models, c.rm.microbatch_size, max(len(s) for one in lists for s in one.sequences))
     if not c.rm.normalize:
@@ -145,7 +145,7 @@ def dpo_sizes(config: Any, run: Any) -> Sizes:
     if not c.data.path:
         return _judged(c, loaded, {"model": model}, 2 * c.dpo.microbatch_size)
     records, _ = stage.ranked_records(c, run, loaded)
-    pairs, _ = encode_pairs(records, loaded.tokenizer, loaded.template, c.data.max_length or model.config.max_seq_len)
+    pairs, _ = encode_pairs(records, loaded.tokenizer, loaded.template, stage.max_length(c, loaded))
     longest = max(len(e.ids) for pair in pairs for e in pair)
     return Sizes({"model": model}, 2 * c.dpo.microbatch_size, longest, longest - 1)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import stage
-from minirlhf.data import Example, encode_sft, microbatches, step_rows
+from minirlhf.data import encode_sft, microbatches, step_rows
 from minirlhf.engine import Engine
 from minirlhf.evaluate import sft_loss
 from minirlhf.ppo import Texts, no_texts
@@ -26,15 +26,8 @@ class Corpus:
 
     def __init__(self, config: Any, run: Any, loaded: stage.Loaded, engine: Engine) -> None:
         self.config, self.policy, self.engine = config, loaded.model, engine
-        train, held_out = texts(config, run)
-        room = config.data.max_length or loaded.model.config.max_seq_len
-
-        def encode(records: list[Any]) -> list[Example]:
-            examples, counts = encode_sft(records, loaded.tokenizer, loaded.template, room) if records else ([], {})
-            stage.report_counts("ppo.ptx_path", counts, len(records))
-            return examples
-
-        self.train, self.held_out = encode(train), encode(held_out)
+        parts = (stage.encoded(config, loaded, encode_sft, part, "ppo.ptx_path") for part in texts(config, run))
+        self.train, self.held_out = parts
 
     def beside(self, iteration: int) -> Texts:
         """The texts of an iteration's optimizer steps, as many to each as it has answers; none where γ = 0."""

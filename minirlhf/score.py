@@ -33,7 +33,7 @@ def reward_of(folder: str, *, template: str = "", device: str = "cpu") -> Callab
     weights, the lowest of several models, models with another tokenizer, template or size than the policy's. Each rank
     asks about its own answers. A text that was cut ends here like any other; one that is too long is read to where
     the model's positions end."""
-    model, tokenizer, words, _ = open_folder(folder, load_reward_model, template=template, device=device)
+    model, tokenizer, words = open_folder(folder, load_reward_model, template=template, device=device)
 
     @torch.no_grad()
     def scores(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

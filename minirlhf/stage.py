@@ -63,7 +63,6 @@ class Loaded(NamedTuple):
     model: Any
     tokenizer: Tokenizer
     template: Template
-    meta: dict[str, Any]  # of minirlhf.json, empty for a folder from elsewhere
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ def load(
         raise CheckpointError(
             f"{path}: {tokenizer.vocab_size} tokens in tokenizer.json, but the embedding has {model.config.vocab_size}"
         )
-    return Loaded(model, tokenizer, template, meta)
+    return Loaded(model, tokenizer, template)
 
 
 def load_policy(config: Any) -> Loaded:
@@ -124,7 +123,7 @@ def load_or_make(config: Any, records: Sequence[Any]) -> Loaded:
         max_seq_len=m.max_seq_len, dropout=m.dropout, tied=True,
     )  # fmt: skip
     model = CausalLM(sizes, rng=generator(config.run.seed, "weights")).to(loading_device(config.run))
-    return Loaded(model, tokenizer, template, {})
+    return Loaded(model, tokenizer, template)
 
 
 def ppo_optimizer(roles: Roles, config: Any) -> tuple[dict[str, Any], torch.optim.Optimizer]:
@@ -145,8 +144,9 @@ def set_scheduled_lr(optimizer: torch.optim.Optimizer, config: Any, step: int) -
     return lr
 
 
-def save(folder: Path, model: CausalLM | ScalarModel, tokenizer: Tokenizer, template: Template, **meta: Any) -> None:
+def save(folder: Path, trained: Loaded, **meta: Any) -> None:
     """A Hugging Face folder, or the PEFT folder of what was trained of it, with `minirlhf.json`."""
+    model, tokenizer, template = trained
     found = write_model(folder, model, tokenizer, template.stop_token_id(tokenizer))
     write_json(folder / META, {"template": template.name, "template_sha256": template.sha256, **meta, **found})
 
@@ -156,7 +156,7 @@ def save_ppo(
 ) -> None:
     """The policy, and beside it the value model, if there is one, so that PPO can go on from here; `ema/` is the policy
     with the mean of its weights, which it takes over at last."""
-    save(folder, policy.model, policy.tokenizer, policy.template)
+    save(folder, policy)
     found = write_model(folder / VALUE, critic) if critic else {}
     if found:
         write_json(folder / VALUE / META, found)
@@ -164,7 +164,7 @@ def save_ppo(
         with torch.no_grad():
             for name, p in policy.model.named_parameters():
                 p.copy_(mean.get(name, p))
-        save(folder / "ema", policy.model, policy.tokenizer, policy.template)
+        save(folder / "ema", policy)
 
 
 def conclude(run: Run, write: Callable[[Path], None]) -> None:
@@ -207,7 +207,7 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
         require_same_text(loaded, reward, path)
         reward_model = reward.model.requires_grad_(False).eval()
         score = reward_model_score(reward_model)
-        of_texts = partial(score_texts, *reward[:3], device=c.run.device)
+        of_texts = partial(score_texts, *reward, device=c.run.device)
     critic = value_model(policy, reward_model, c) if c.ppo.advantage == "gae" else None
     for model in filter(None, (policy, ref_policy, critic)):
         model.eval()  # no dropout: old and new log-probs must agree
@@ -377,7 +377,7 @@ def with_room(
     config: Any, loaded: Loaded, prompts: Sequence[Question]
 ) -> tuple[list[Question], list[list[int]], dict[str, int]]:
     """The prompts that leave room for an answer, as texts and as tokens; and how many do not."""
-    sizes, longest = loaded.model.config, config.data.max_length or loaded.model.config.max_seq_len
+    sizes, longest = loaded.model.config, max_length(config, loaded)
     if sizes.position == "learned" and longest > sizes.max_seq_len:
         raise UsageError(f"data.max_length {longest} exceeds the model's {sizes.max_seq_len} positions; lower it")
     room = longest - config.sample.max_new_tokens
@@ -437,6 +437,26 @@ def gold_reward(config: Any) -> Gold | None:
     if config.data.path or config.ppo.prompts:
         return None
     return partial(review_world.gold_of_texts, language=config.data.language)
+
+
+def max_length(config: Any, loaded: Loaded) -> int:
+    """Tokens that prompt and answer may have together."""
+    return config.data.max_length or loaded.model.config.max_seq_len
+
+
+def encoded(
+    config: Any,
+    loaded: Loaded,
+    encode: Callable[..., tuple[list[Any], dict[str, int]]],  # encode_sft | encode_lists | encode_pairs
+    records: Sequence[Any],
+    name: str,
+) -> list[Any]:
+    """What training works on, nothing of no records; says what did not go in as it was."""
+    if not records:
+        return []
+    made, counts = encode(records, loaded.tokenizer, loaded.template, max_length(config, loaded))
+    report_counts(name, counts, len(records))
+    return made
 
 
 def report_counts(name: str, counts: dict[str, int], total: int) -> None:

@@ -76,11 +76,13 @@ def folders(tmp_path):
     base = lm()
     save_pretrained(base, tmp_path / "base", tokenizer=WORDS)
     made = sft_model(base, SFTConfig(**section(tmp_path / "base", r=2)))
-    stage.save(tmp_path / "sft", stir(made, 1), WORDS, PLAIN)
+    stage.save(tmp_path / "sft", stage.Loaded(stir(made, 1), WORDS, PLAIN))
     start = open_model(tmp_path / "sft", load_causal_lm, "cpu")
     made = reward_model(start, RMConfig(**section(tmp_path / "sft")))
-    stage.save(tmp_path / "rm", stir(made, 2), WORDS, PLAIN)
-    stage.save(tmp_path / "full_rm", RewardModel.from_causal_lm(base, rng=generator(4, "head")), WORDS, PLAIN)
+    stage.save(tmp_path / "rm", stage.Loaded(stir(made, 2), WORDS, PLAIN))
+    stage.save(
+        tmp_path / "full_rm", stage.Loaded(RewardModel.from_causal_lm(base, rng=generator(4, "head")), WORDS, PLAIN)
+    )
     return tmp_path
 
 
@@ -170,7 +172,7 @@ def test_the_reward_is_the_folder_by_itself(folders):
 def test_full_sft_under_adapters(folders):
     """SFT trained every weight, the reward model and PPO adapters on its folder: the reference is that folder."""
     made = reward_model(load_causal_lm(folders / "base"), RMConfig(**section(folders / "base", r=3)))
-    stage.save(folders / "rm3", stir(made, 5), WORDS, PLAIN)
+    stage.save(folders / "rm3", stage.Loaded(stir(made, 5), WORDS, PLAIN))
     roles, _, _ = stage.ppo_roles(config(folders, "base", "rm3", r=2))
     rollout = roll(roles)
     assert torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
@@ -183,7 +185,7 @@ def test_full_sft_under_adapters(folders):
 
 def test_full_ppo_with_a_reward_adapter(folders):
     made = reward_model(load_causal_lm(folders / "base"), RMConfig(**section(folders / "base", r=3)))
-    stage.save(folders / "rm3", stir(made, 5), WORDS, PLAIN)
+    stage.save(folders / "rm3", stage.Loaded(stir(made, 5), WORDS, PLAIN))
     roles, _, _ = stage.ppo_roles(config(folders, "base", "rm3", value_init="reward_model"))
     assert all(p.requires_grad for m in (roles.policy, roles.value_model) for p in m.parameters())
     assert not list(adapters(roles.policy))
@@ -197,7 +199,7 @@ def test_full_ppo_with_a_reward_adapter(folders):
 def test_a_reward_adapter_on_another_base_keeps_it(folders):
     save_pretrained(lm(7), folders / "other", tokenizer=WORDS)
     made = reward_model(load_causal_lm(folders / "other"), RMConfig(**section(folders / "other", r=3)))
-    stage.save(folders / "rm3", stir(made, 5), WORDS, PLAIN)
+    stage.save(folders / "rm3", stage.Loaded(stir(made, 5), WORDS, PLAIN))
     roles, _, _ = stage.ppo_roles(config(folders, reward="rm3"))
     rollout = roll(roles)
     alone = open_model(folders / "rm3", load_reward_model, "cpu")

@@ -34,7 +34,7 @@ def folders(tmp_path_factory):
             for p in model.parameters():
                 p.mul_(4)
         (root / name).mkdir()
-        stage.save(root / name, model, tokenizer, get_template("plain"))
+        stage.save(root / name, stage.Loaded(model, tokenizer, get_template("plain")))
     return root
 
 

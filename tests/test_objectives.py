@@ -281,7 +281,7 @@ def test_every_optimizer_step_has_texts_of_its_own(tmp_path):
     tokenizer = Tokenizer.train_chars(["abcdefghijklmnopqrstuvwxyz 0123456789"])
     sizes = ModelConfig(family="gpt2", vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, d_model=16, max_seq_len=16)
     policy = CausalLM(sizes)
-    loaded = stage.Loaded(policy, tokenizer, get_template("plain"), {})
+    loaded = stage.Loaded(policy, tokenizer, get_template("plain"))
     corpus = Corpus(config, SimpleNamespace(dropped=[], say=print), loaded, Engine(config.run, [policy]))
     assert (len(corpus.train), len(corpus.held_out)) == (90, 10)
     seen = [corpus.beside(iteration)(k) for iteration in (1, 2) for k in range(4)]
@@ -391,7 +391,7 @@ def test_held_out_prompts_are_the_last_of_the_file_and_no_others(tmp_path):
     argv = ["--data.path", str(tmp_path / "data.jsonl"), "--data.holdout", "3", "--sample.max_new_tokens", "4"]
     tokenizer = Tokenizer.train_chars(["number 0123456789 yes"])
     sizes = ModelConfig(family="gpt2", vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, d_model=16, max_seq_len=32)
-    loaded = stage.Loaded(CausalLM(sizes), tokenizer, get_template("plain"), {})
+    loaded = stage.Loaded(CausalLM(sizes), tokenizer, get_template("plain"))
     how = load_config(PPOConfig, argv), SimpleNamespace(dropped=[], say=print), loaded
     assert stage.ppo_prompts(*how)[0] == [f"number {i}" for i in range(7)]
     assert stage.ppo_prompts(*how, held_out=True)[0] == [f"number {i}" for i in range(7, 10)]

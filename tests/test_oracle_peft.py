@@ -197,7 +197,7 @@ def test_the_folder_of_a_stage(task, tmp_path):
     with torch.no_grad():
         for p in adapter_parameters(ours, "trained").values():
             p.normal_(std=0.2, generator=rng)
-    stage.save(tmp_path / "final", ours, tokenizer, get_template("plain"))
+    stage.save(tmp_path / "final", stage.Loaded(ours, tokenizer, get_template("plain")))
     auto = "AutoPeftModelForCausalLM" if task == "CAUSAL_LM" else "AutoPeftModelForSequenceClassification"
     extra = {} if task == "CAUSAL_LM" else {"num_labels": 1}
     theirs = getattr(peft, auto).from_pretrained(tmp_path / "final", **extra).eval()

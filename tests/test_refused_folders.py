@@ -34,9 +34,9 @@ def here(tmp_path, monkeypatch):
                      rng=generator(0, "weights"))  # fmt: skip
     save_pretrained(model, "base", tokenizer=WORDS)
     on = {"model": ModelSection(path="base"), "lora": LoRASection(r=2)}
-    stage.save(Path("sft"), sft_model(load_causal_lm("base"), SFTConfig(**on)), WORDS, PLAIN)
-    stage.save(Path("rm"), reward_model(load_causal_lm("base"), RMConfig(**on)), WORDS, PLAIN)
-    stage.save(Path("rm_full"), reward_model(load_causal_lm("base"), RMConfig()), WORDS, PLAIN)
+    stage.save(Path("sft"), stage.Loaded(sft_model(load_causal_lm("base"), SFTConfig(**on)), WORDS, PLAIN))
+    stage.save(Path("rm"), stage.Loaded(reward_model(load_causal_lm("base"), RMConfig(**on)), WORDS, PLAIN))
+    stage.save(Path("rm_full"), stage.Loaded(reward_model(load_causal_lm("base"), RMConfig()), WORDS, PLAIN))
     yield tmp_path
     for number, handler in before.items():
         signal.signal(number, handler)

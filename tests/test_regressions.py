@@ -197,7 +197,7 @@ def test_dropout_of_the_model_does_not_reach_ppo(tmp_path):
     policy.train()
     ask = lambda model: target_stats(model, ids, torch.ones(1, 4).bool(), ids[:, 1:])["logprobs"]  # noqa: E731
     assert not torch.equal(ask(policy), ask(policy))  # the fault needs dropout that acts
-    stage.save(tmp_path / "m", policy, WORDS, get_template("plain"))
+    stage.save(tmp_path / "m", stage.Loaded(policy, WORDS, get_template("plain")))
     config = load_config(PPOConfig, ["--model.path", str(tmp_path / "m"), "--reward.fn", "operator:add"])
     roles = stage.ppo_roles(config)[0]
     assert roles.policy.config.dropout == 0.5

@@ -249,6 +249,6 @@ def test_a_tokenizer_that_puts_a_space_before_each_text_puts_no_second_one():
 def test_a_saved_model_says_which_tokens_end_an_answer(tmp_path):
     config = ModelConfig("gpt2", vocab_size=FULL.vocab_size, n_layer=1, n_head=1, d_model=8, max_seq_len=8)
     for name, ends in (("chatml", [FULL.eos_id, FULL.token_to_id("<|im_end|>")]), ("hh", FULL.eos_id)):
-        stage.save(tmp_path / name, CausalLM(config), FULL, get_template(name))
+        stage.save(tmp_path / name, stage.Loaded(CausalLM(config), FULL, get_template(name)))
         for file in ("config.json", "generation_config.json"):
             assert json.loads((tmp_path / name / file).read_text())["eos_token_id"] == ends, (name, file)

@@ -44,7 +44,7 @@ def test_a_labeler_that_never_prefers_is_an_error_and_no_endless_search(monkeypa
     words = review_world.words("en")
     tokenizer = Tokenizer.from_words(words)
     sizes = ModelConfig("gpt2", vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, d_model=8, max_seq_len=32)
-    loaded = stage.Loaded(CausalLM(sizes), tokenizer, get_template("plain"), {})
+    loaded = stage.Loaded(CausalLM(sizes), tokenizer, get_template("plain"))
     monkeypatch.setattr(stage, "JUDGED", 4)
     monkeypatch.setattr(review_world, "judge", lambda *_, **__: None)
     with pytest.raises(DataError, match=r"data\.labeler good: prefers none of 4 pairs"):

@@ -46,7 +46,8 @@ def main(config: PPOConfig, run: Run) -> None:
     engine = Engine(c.run, [roles.policy, roles.ref_policy, roles.value_model, roles.reward_model])
     roles = roles._replace(gathered=engine.gathered)
     texts, prompts = stage.ppo_prompts(c, run, loaded)
-    gold, sampling, limits = stage.gold_reward(c), stage.sampling(c, loaded), Limits(p.kl_target, stage.score_limit(c))
+    gold, sampling = stage.gold_reward(c), stage.sampling(c.sample, loaded)
+    limits = Limits(p.kl_target, stage.score_limit(c))
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
                    device=c.run.device, impl=c.run.impl)  # fmt: skip
     corpus, measure = Corpus(c, run, loaded, engine), measured(c, loaded, exam, prompts)

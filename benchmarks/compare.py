@@ -79,7 +79,7 @@ def make_data(folder, seed):
     """pairs.jsonl and best.jsonl; the seconds of each."""
     began = time.perf_counter()
     config = load_config(RMConfig, ["--run.seed", str(seed), "--model.path", str(folder / "runs/sft/final")])
-    policy = stage.load(config.model.path, load_causal_lm, config, key="model.path", made_by="train_sft.py")
+    policy = stage.load(config.model.path, load_causal_lm, key="model.path", made_by="train_sft.py")
     pairs = stage.judged_pairs(config, policy, BUDGET // 2, "compare")
     write_lines(
         folder / "pairs.jsonl", [{"prompt": p.prompt, "responses": p.responses, "ranks": p.ranks} for p in pairs]
@@ -90,7 +90,7 @@ def make_data(folder, seed):
     command = [sys.executable, "-m", "minirlhf.candidates", "runs/sft/final", "--k", str(K), "--prompts", "prompts.txt",
                "--max_new_tokens", str(config.sample.max_new_tokens), "--seed", str(seed)]  # fmt: skip
     made = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.splitlines()
-    judge = stage.load(folder / "runs/rm/final", load_reward_model, config, key="reward.path", made_by="train_rm.py")
+    judge = stage.load(folder / "runs/rm/final", load_reward_model, key="reward.path", made_by="train_rm.py")
     best = []
     for task in map(json.loads, made):
         asked = [task["prompt"]] * len(task["responses"])
@@ -106,8 +106,8 @@ def measure(folder, settings):
     roles, loaded, _ = stage.ppo_roles(config)
     roles.policy.load_state_dict(load_causal_lm(folder).state_dict())
     prompts = stage.ppo_prompts(config, None, loaded)[1]
-    records = examine(roles, [prompts[i % len(prompts)] for i in range(EXAM)], loaded.tokenizer,
-                      stage.sampling(config, loaded), stage.gold_reward(config), seed=config.run.seed)  # fmt: skip
+    sampling, asked = stage.sampling(config.sample, loaded), [prompts[i % len(prompts)] for i in range(EXAM)]
+    records = examine(roles, asked, loaded.tokenizer, sampling, stage.gold_reward(config), seed=config.run.seed)
     found = summary(records)
     if "gold" in found:
         texts = review_world.corpus(HELD_OUT, seed=config.run.seed, purpose="corpus/val")

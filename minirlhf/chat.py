@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -114,8 +113,7 @@ def open_folder(path: str, loader: Callable[..., Any], *, template: str = "", de
     require_device(device, "--device")
     if not Path(path).is_dir():
         raise CheckpointError(f"{path}: no such folder; give a model's folder, such as runs/ppo/final")
-    config = SimpleNamespace(data=SimpleNamespace(template=template), run=SimpleNamespace(device=device, engine="none"))
-    return stage.load(path, loader, config, key="template", made_by="a script")
+    return stage.load(path, loader, key="template", made_by="a script", template=template, device=device)
 
 
 def speaker(path: str, args: argparse.Namespace) -> Speaker:
@@ -129,7 +127,7 @@ def sampling(loaded: stage.Loaded, args: argparse.Namespace, path: str) -> dict[
     longest = answer_length(loaded, args.max_new_tokens, path)
     how = SampleSection(longest, args.temperature or 1.0, args.top_k, args.top_p)
     more = {"suppress_tokens": stage.never_drawn(loaded), "do_sample": args.temperature > 0}
-    return stage.sampling(SimpleNamespace(sample=how), loaded) | more
+    return stage.sampling(how, loaded) | more
 
 
 def answer_length(loaded: stage.Loaded, asked: int, path: str) -> int:

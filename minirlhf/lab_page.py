@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from minirlhf import review_world, stage, svg
-from minirlhf.config import PPOConfig
+from minirlhf.config import SampleSection
 from minirlhf.data import decode, left_padded
 from minirlhf.evaluate import score_texts
 from minirlhf.figures import GOLD, KL, SCORE, fit, rl_curve
@@ -97,11 +97,10 @@ def turn(run: RunFiles) -> Turn:
 @torch.no_grad()
 def best_of_n(folder: Path, reward_models: Sequence[str], seed: int) -> dict[str, list[tuple[float, float, float]]]:
     """Of each reward model: (√KL, proxy in SFT deviations, gold) of the best of n = 1, 2, 4 … of the SFT's answers."""
-    config = PPOConfig()
-    loaded = stage.load(str(folder / "sft/final"), load_causal_lm, config, key="sft", made_by="train_sft.py")
+    loaded = stage.load(folder / "sft/final", load_causal_lm, key="sft", made_by="train_sft.py")
     prompts = review_world.prompts()
     encoded = [loaded.template.prompt_ids(loaded.tokenizer, prompt) for prompt in prompts]
-    sampling = stage.sampling(config, loaded)
+    sampling = stage.sampling(SampleSection(), loaded)
     ids, mask = left_padded(encoded, sampling["pad_token_id"])
     rngs = [generator(seed, "best of n", 0, i) for i in range(len(prompts) * N)]
     made = generate(loaded.model, ids, mask, num_return_sequences=N, rng=rngs, **sampling)

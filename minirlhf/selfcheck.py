@@ -83,7 +83,7 @@ def prepare(config: Any, roles: Roles, loaded: stage.Loaded) -> Bench:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     order *= -(-ANSWERS // len(order))
     rows = [order[i * len(order) // ANSWERS] for i in range(ANSWERS)]
-    sampling = stage.sampling(c, loaded)
+    sampling = stage.sampling(c.sample, loaded)
     ids, mask = left_padded([prompts[r] for r in rows], sampling["pad_token_id"], c.run.device)
     options = replace(c.ppo, rollout_size=ANSWERS, minibatch_size=ANSWERS, microbatch_size=ANSWERS // 4, epochs=1,
                       score_at="last", loss_mean="step",

@@ -30,7 +30,7 @@ from minirlhf.adapt import (
     write_model,
 )
 from minirlhf.architecture import ModelConfig
-from minirlhf.config import DEFAULT_REWARD
+from minirlhf.config import DEFAULT_REWARD, SampleSection
 from minirlhf.data import decode, encode_prompts, left_padded
 from minirlhf.errors import CheckpointError, DataError, UsageError
 from minirlhf.evaluate import Gold, score_texts
@@ -69,38 +69,43 @@ class Loaded(NamedTuple):
 
 
 def load(
-    path: str, loader: Callable[..., Any], config: Any, *, key: str, made_by: str, beside: CausalLM | None = None
+    path: str | Path,
+    loader: Callable[..., Any],  # load_causal_lm | load_reward_model
+    *,
+    key: str,  # the setting that names it
+    made_by: str,  # the script that makes one
+    template: str = "",  # empty: its own
+    device: str = "cpu",
+    beside: CausalLM | None = None,  # as `open_model` takes it
 ) -> Loaded:
-    """A model or adapter folder; `key` is the setting that names it and `made_by` the script that makes one.
-
-    An adapter folder without a tokenizer or `minirlhf.json` has those of its base.
-    """
+    """A model or adapter folder. An adapter folder without a tokenizer or `minirlhf.json` has those of its base."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{key} {path}: no such folder; run {made_by} first, or give --{key} FOLDER")
     base = base_folder(folder) or folder
     tokenizer = Tokenizer.load(folder if (folder / "tokenizer.json").exists() else base)
     meta = read_meta(folder) or read_meta(base)
-    name = config.data.template or meta.get("template", "plain")
+    name = template or meta.get("template", "plain")
     if not isinstance(name, str):
         raise CheckpointError(f"{folder / META}: template {shown(name)} is no name")
-    template = get_template(name)
-    if meta.get("template_sha256", template.sha256) != template.sha256:
+    pieces = get_template(name)
+    if meta.get("template_sha256", pieces.sha256) != pieces.sha256:
         raise UsageError(
-            f"data.template {template.name}: {path} was trained under {meta.get('template')}, and every stage must "
+            f"data.template {pieces.name}: {path} was trained under {meta.get('template')}, and every stage must "
             f"use the same; leave data.template empty to take the model's own"
         )
-    model = open_model(folder, loader, loading_device(config.run), beside=beside)
+    model = open_model(folder, loader, device, beside=beside)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"{path}: {tokenizer.vocab_size} tokens in tokenizer.json, but the embedding has {model.config.vocab_size}"
         )
-    return Loaded(model, tokenizer, template)
+    return Loaded(model, tokenizer, pieces)
 
 
 def load_policy(config: Any) -> Loaded:
     """The language model of `model.path`."""
-    return load(config.model.path, load_causal_lm, config, key="model.path", made_by="train_sft.py")
+    how = {"template": config.data.template, "device": loading_device(config.run)}
+    return load(config.model.path, load_causal_lm, key="model.path", made_by="train_sft.py", **how)
 
 
 def load_or_make(config: Any, records: Sequence[Any]) -> Loaded:
@@ -203,7 +208,8 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
         of_texts: TextScore = function
     else:
         path, beside = c.reward.path or DEFAULT_REWARD, policy if policy is not loaded.model else None
-        reward = load(path, load_reward_model, c, key="reward.path", made_by="train_rm.py", beside=beside)
+        how = {"template": c.data.template, "device": loading_device(c.run), "beside": beside}
+        reward = load(path, load_reward_model, key="reward.path", made_by="train_rm.py", **how)
         require_same_text(loaded, reward, path)
         reward_model = reward.model.requires_grad_(False).eval()
         score = reward_model_score(reward_model)
@@ -231,18 +237,17 @@ def function_score(function: TextScore, tokenizer: Tokenizer) -> Callable[[Rollo
     return score
 
 
-def sampling(config: Any, loaded: Loaded) -> dict[str, Any]:
+def sampling(s: SampleSection, loaded: Loaded) -> dict[str, Any]:
     """The arguments of `generate`: what the settings say, and nothing else is excluded.
 
     A token that is never drawn costs PPO nothing: it moves probability there, which lowers the log-probs of all that is
     drawn; the KL penalty takes that for closeness to the reference. top_k, top_p, begin_suppress_eos do the same.
     """
-    s, tokenizer = config.sample, loaded.tokenizer
-    eos = loaded.template.stop_token_id(tokenizer)
+    eos = loaded.template.stop_token_id(loaded.tokenizer)
     return {
         "max_new_tokens": s.max_new_tokens,
         "eos_token_id": eos,
-        "pad_token_id": tokenizer.pad_id,
+        "pad_token_id": loaded.tokenizer.pad_id,
         "temperature": s.temperature,
         "top_k": s.top_k,
         "top_p": s.top_p,
@@ -356,7 +361,7 @@ def own_answers(config: Any, loaded: Loaded, records: Sequence[Any]) -> list[lis
 
     Raises DataError where the records have no prompts, or the model always says the same.
     """
-    how, data, seed = sampling(config, loaded), config.data, config.run.seed
+    how, data, seed = sampling(config.sample, loaded), config.data, config.run.seed
     prompts = list(dict.fromkeys(record.prompt for record in records))
     if not any(loaded.template.prompt_ids(loaded.tokenizer, prompt) for prompt in prompts):
         raise DataError(f"{data.path}: its records have no prompts, which rm.normalize answers; leave it out")
@@ -388,7 +393,7 @@ def judged_pairs(config: Any, loaded: Loaded, n: int, purpose: str) -> list[Any]
     """n pairs of answers of the model, judged by the built-in task's labeler; equal answers are drawn again."""
     data, seed = config.data, config.run.seed
     prompts, encoded, _ = with_room(config, loaded, review_world.prompts(data.language))
-    how = sampling(config, loaded)
+    how = sampling(config.sample, loaded)
     loaded.model.to(config.run.device)
     pairs: list[Any] = []
     drawn = 0

@@ -25,7 +25,6 @@ from minirlhf.adapt import (
     write_model,
 )
 from minirlhf.config import (
-    DataSection,
     LoRASection,
     ModelSection,
     PPOConfig,
@@ -396,7 +395,7 @@ def edit(folder, **changes):
 
 
 def load(path, loader=load_causal_lm):
-    return stage.load(str(path), loader, SFTConfig(data=DataSection()), key="model.path", made_by="train_sft.py")
+    return stage.load(str(path), loader, key="model.path", made_by="train_sft.py")
 
 
 def test_the_base_is_found_from_here_and_from_the_adapter(folders, monkeypatch):
@@ -527,6 +526,6 @@ def test_answers_for_people_have_no_rows_without_a_token_and_ppo_excludes_nothin
     loaded = load(folders / "padded")
     spare = {WORDS.vocab_size, WORDS.vocab_size + 1, WORDS.vocab_size + 2}
     assert set(stage.never_drawn(loaded)) == {WORDS.pad_id, WORDS.unk_id} | spare
-    how = stage.sampling(config(folders), loaded)  # where probability could hide from the KL penalty
+    how = stage.sampling(config(folders).sample, loaded)  # where probability could hide from the KL penalty
     assert not how.keys() & {"suppress_tokens", "repetition_penalty", "no_repeat_ngram_size"}
     assert (how["top_k"], how["top_p"], how["min_new_tokens"], how["begin_suppress_tokens"]) == (0, 1.0, 0, ())

@@ -21,9 +21,6 @@ PRESETS = ("oai2019", "trl-legacy", "trl-v2", "dschat", "openrlhf", "instructgpt
 # ---- sections -------------------------------------------------------------------------------------------------------
 
 
-DEFAULT_REWARD = "runs/rm/final"  # where reward.path is empty
-
-
 @dataclass(frozen=True)
 class RunSection:
     """Where and how a script runs."""
@@ -181,6 +178,11 @@ class RewardSection:
 
     path: str = key("", "reward-model folder; empty without fn: runs/rm/final")
     fn: str = key("", "module:function of lists of prompts and responses, returning floats; or human, who is asked")
+
+    @property
+    def folder(self) -> str:
+        """The reward model's; empty where a function takes its place."""
+        return "" if self.fn else self.path or "runs/rm/final"
 
 
 @dataclass(frozen=True)

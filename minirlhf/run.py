@@ -24,12 +24,12 @@ import tokenizers
 import torch
 
 from minirlhf import checkpoint, dist, ops
-from minirlhf.config import DEFAULT_REWARD, load_config
+from minirlhf.config import load_config
 from minirlhf.errors import AlarmError, NonFiniteError, UsageError, UserError
 from minirlhf.log import Progress, append_line, cut_after, exporter, memory, read_lines, tell, to_json
 from minirlhf.rng import derive_seed
 from minirlhf.safefile import read_json, write_file
-from minirlhf.settings import help_text, to_dict
+from minirlhf.settings import flatten, help_text, to_dict
 
 MAY_DIFFER = ("dir", "engine", "keep", "save_every", "log_every", "resume", "debug")  # between a start and its resume
 LOGS = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl", "memory.jsonl")  # a line has a step
@@ -150,14 +150,13 @@ class Run:
             )
             raise UsageError(f"run.dir {self.folder} holds {state} run; {remedy}")
         try:
-            old, new = json.loads(stored.read_text()), json.loads(json.dumps(to_dict(self.config)))
-            flat = [{f"{s}.{k}": v for s, keys in c.items() for k, v in keys.items()} for c in (old, new)]
+            new = flatten(json.loads(json.dumps(to_dict(self.config))))
+            old = flatten(json.loads(stored.read_text()))
         except (OSError, ValueError, AttributeError) as e:
             raise UsageError(f"{stored}: unreadable ({e}); this run cannot be resumed") from e
         allowed = {f"run.{key}" for key in MAY_DIFFER}
-        for key in sorted(flat[0].keys() | flat[1].keys()):
-            if key not in allowed and flat[0].get(key) != flat[1].get(key):
-                was, now = flat[0].get(key), flat[1].get(key)
+        for key in sorted((old.keys() | new.keys()) - allowed):
+            if (was := old.get(key)) != (now := new.get(key)):
                 raise UsageError(
                     f"run.resume: {key} was {was!r} in {self.folder} and is {now!r} now; they must be equal"
                 )
@@ -257,15 +256,13 @@ class Run:
         if self.config.run.best_by and not self._merits():
             self.say(f"run.best_by {self.config.run.best_by}: never logged, so that no checkpoint was the best")
         temporary, final = self.folder / ".tmp_final", self.folder / "final"
-        if dist.rank() != 0:
-            dist.wait_for_first("final")
-            return final
-        shutil.rmtree(temporary, ignore_errors=True)
-        write(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            checkpoint.fsync(path)
-        temporary.rename(final)
-        checkpoint.fsync(self.folder)
+        if dist.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            write(temporary)
+            for path in [*temporary.rglob("*"), temporary]:
+                checkpoint.fsync(path)
+            temporary.rename(final)
+            checkpoint.fsync(self.folder)
         dist.wait_for_first("final")
         return final
 
@@ -357,7 +354,7 @@ def sources(config: Any) -> dict[str, str]:
     """The models and data files that a run reads → sha256 of their files' names, sizes, first and last bytes."""
     places = [config.model.path, config.data.path]
     if hasattr(config, "ppo"):
-        places += [config.ppo.ptx_path, "" if config.reward.fn else config.reward.path or DEFAULT_REWARD]
+        places += [config.ppo.ptx_path, config.reward.folder]
     found = {}
     for place in filter(None, places):
         path, digest = Path(place), hashlib.sha256()

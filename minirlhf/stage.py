@@ -30,7 +30,7 @@ from minirlhf.adapt import (
     write_model,
 )
 from minirlhf.architecture import ModelConfig
-from minirlhf.config import DEFAULT_REWARD, SampleSection
+from minirlhf.config import SampleSection
 from minirlhf.data import decode, encode_prompts, left_padded
 from minirlhf.errors import CheckpointError, DataError, UsageError
 from minirlhf.evaluate import Gold, score_texts
@@ -207,10 +207,10 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
         score = function_score(function, loaded.tokenizer)
         of_texts: TextScore = function
     else:
-        path, beside = c.reward.path or DEFAULT_REWARD, policy if policy is not loaded.model else None
+        beside = policy if policy is not loaded.model else None
         how = {"template": c.data.template, "device": loading_device(c.run), "beside": beside}
-        reward = load(path, load_reward_model, key="reward.path", made_by="train_rm.py", **how)
-        require_same_text(loaded, reward, path)
+        reward = load(c.reward.folder, load_reward_model, key="reward.path", made_by="train_rm.py", **how)
+        require_same_text(loaded, reward, c.reward.folder)
         reward_model = reward.model.requires_grad_(False).eval()
         score = reward_model_score(reward_model)
         of_texts = partial(score_texts, *reward, device=c.run.device)
@@ -223,7 +223,7 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
 
 def score_limit(config: Any) -> float:
     """The highest score of the reward model's validation and one deviation more; infinite where it is not known."""
-    meta = {} if config.reward.fn else read_meta(Path(config.reward.path or DEFAULT_REWARD))
+    meta = read_meta(Path(config.reward.folder)) if config.reward.folder else {}
     highest, deviation = meta.get("score_max"), meta.get("score_std")
     return highest + deviation if isinstance(highest, float) and isinstance(deviation, float) else math.inf
 

@@ -12,10 +12,11 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,10 +32,10 @@ SIZES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def open_file(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     """A regular file, open for reading, and its size; a pipe is refused instead of waited for."""
     try:
-        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
             info = os.fstat(f.fileno())
             if not stat.S_ISREG(info.st_mode):
                 raise CheckpointError(f"{path}: is no regular file")
@@ -146,7 +147,8 @@ class TensorFile:
             f.seek(self.data_start + entry.start + first * row)
             for i in range(0, rows, step):
                 piece = buffer[: min(step, rows - i) * row]
-                self._fill(f, memoryview(piece.numpy()))  # type: ignore[arg-type]
+                if f.readinto(piece.numpy()) < len(piece):  # type: ignore[arg-type]
+                    raise CheckpointError(f"{self.path}: became shorter while it was read")
                 yield i, piece.view(FLOATS[entry.dtype]).view(-1, *entry.shape[1:])
 
     def read(
@@ -166,14 +168,6 @@ class TensorFile:
         """Whether the stored tensor equals this one, once converted."""
         pieces = self.pieces(name, len(other))
         return all(torch.equal(piece.to(other), other[i : i + len(piece)]) for i, piece in pieces)
-
-    def _fill(self, f: BinaryIO, view: memoryview) -> None:
-        done = 0
-        while done < len(view):
-            n = f.readinto(view[done:])  # type: ignore[attr-defined]
-            if not n:
-                raise CheckpointError(f"{self.path}: became shorter while it was read")
-            done += n
 
 
 def shown(value: object) -> str:

@@ -18,10 +18,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minirlhf.engine import Tensors
 from minirlhf.errors import CheckpointError
 from minirlhf.safefile import read_json, write_file, write_tensors
 
-Tensors = dict[str, dict[str, Tensor]]  # group -> name -> tensor
 STEP = re.compile(r"(step|best)_(\d{8})")
 MANIFEST = "MANIFEST.json"
 

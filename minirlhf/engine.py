@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minirlhf import dist
 from minirlhf.errors import CheckpointError
-from minirlhf.fsdp import Pick, shard
+from minirlhf.fsdp import Pick, shard, with_gradients
 
 Tensors = dict[str, dict[str, Tensor]]  # group → name → whole tensor
 MOMENTS = ("exp_avg", "exp_avg_sq", "ema")  # of AdamW, and the mean of the weights where one is kept
@@ -32,9 +32,9 @@ class Replicated:
 
     def clip(self, max_norm: float) -> Tensor:  # () the norm before
         """Add gradients over ranks, 2·4·P·(W-1)/W bytes each, then scale them to a joint 2-norm of at most max_norm."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = with_gradients(self.model)
         for p in trained:
-            p.grad = dist.all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
+            p.grad = dist.all_sum(p.grad)  # type: ignore[arg-type]
         return nn.utils.clip_grad_norm_(trained, max_norm)
 
     def gathered(self) -> nullcontext:
@@ -82,10 +82,7 @@ class TorchSharded(Replicated):
 
     def clip(self, max_norm: float) -> Tensor:  # () the norm before
         """The reduction has happened in the backward pass."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        for p in trained:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        norm: Any = nn.utils.clip_grad_norm_(trained, max_norm)
+        norm: Any = nn.utils.clip_grad_norm_(with_gradients(self.model), max_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     @contextmanager

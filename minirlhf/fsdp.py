@@ -317,9 +317,7 @@ class Sharded:
 
         Padding is in no part and a tied parameter in one. A norm that is not finite is so on every rank.
         """
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        for p in trained:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        trained = with_gradients(self.model)
         mine = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         norm = dist.all_sum(mine.double() ** 2).sqrt().to(mine.dtype)  # √x² = x for an fp32 x in fp64
         nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
@@ -384,6 +382,14 @@ def shard(
             unit.forward, block.forward = block.forward, unit
         trunk.forward = partial(s.run_trunk, trunk.forward)
     return sharded
+
+
+def with_gradients(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn; what no forward used gets a gradient of zeros, as it may have one on other ranks."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    return trained
 
 
 def places_of(model: nn.Module) -> Places:

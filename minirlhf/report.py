@@ -267,11 +267,11 @@ def evaluation(runs: Sequence[RunFiles]) -> str:
     return section("Evaluation", table(["", *map(shown, columns)], rows, label="evaluation", numeric=numeric))
 
 
-def times(runs: Sequence[RunFiles]) -> str:
+def times(runs: Sequence[RunFiles], found: Sequence[Traces]) -> str:
     """Seconds of each phase and its share of the time, and speed."""
     rows = []
-    for run in runs:
-        series = {name: [y for _, y in points if y == y] for name, points in traces(run).series.items()}
+    for run, trace in zip(runs, found, strict=True):
+        series = {name: [y for _, y in points if y == y] for name, points in trace.series.items()}
         whole = sum(sum(values) for name, values in series.items() if name.startswith("time/"))
         for name, values in series.items():
             if name.startswith("time/") or name == "tokens_per_s":
@@ -326,7 +326,7 @@ def write_report(folder: Path | str, *others: Path | str, out: Path | str | None
         drawn, curves = f'<p class="amber">{NO_FIGURES}</p>', ""
     body = [
         heading(runs), summary(runs, found), alarms(runs, found), drawn,
-        *map(samples, runs), curves, *map(probe, runs), evaluation(runs), times(runs), settings(runs),
+        *map(samples, runs), curves, *map(probe, runs), evaluation(runs), times(runs, found), settings(runs),
     ]  # fmt: skip
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(page(" · ".join(run.name for run in runs), filter(None, body)), encoding="utf-8")

@@ -23,7 +23,7 @@ from typing import Any
 
 from minirlhf.errors import DataError, UsageError, tool
 from minirlhf.formats import read_records
-from minirlhf.readers import LARGEST
+from minirlhf.readers import LARGEST, is_score
 from minirlhf.rows import Bad, Source, json_rows
 
 Row = dict[str, Any]
@@ -104,10 +104,6 @@ def conflicts(played: Iterable[Game]) -> list[Row]:
     ]
 
 
-def _is_number(x: Any) -> bool:
-    return type(x) in (int, float) and abs(x) <= LARGEST
-
-
 def pairs(
     rows: Sequence[Row],
     *,
@@ -119,7 +115,7 @@ def pairs(
     for i, row in enumerate(rows):
         place = _place(places, i)
         prompt, response, score = (row.get(name) for name in ("prompt", "response", "score"))
-        if not isinstance(prompt, str) or not isinstance(response, str) or not _is_number(score):
+        if not isinstance(prompt, str) or not isinstance(response, str) or not is_score(score):
             raise DataError(
                 f"{place}: needs prompt, response and a number up to {LARGEST:.0e} as score, as minirlhf.score gives"
             )

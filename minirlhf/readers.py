@@ -60,12 +60,13 @@ def _objects(row: Row, key: str) -> list[Row]:
 
 def _number(row: Row, key: str) -> float:
     value = _get(row, key)
-    if not _is_score(value):
+    if not is_score(value):
         raise Bad("wrong_type", key, f"{type(value).__name__}, not a number up to {LARGEST:.0e}")
     return float(value)
 
 
-def _is_score(value: Any) -> bool:
+def is_score(value: Any) -> bool:
+    """Whether it is a number that can be compared with any other."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
@@ -189,7 +190,7 @@ def _margin(row: Row, notes: Notes) -> list[float]:
     margin = row.get("margin")
     if margin is None:
         return []
-    if not _is_score(margin) or margin < 0:
+    if not is_score(margin) or margin < 0:
         notes["unusable_margin"] += 1
         return []
     return [float(margin), 0.0]
@@ -221,7 +222,7 @@ def native_ranking(row: Row, notes: Notes) -> Iterator[Record]:
         notes["no_preference"] += 1
     else:
         scores = row.get("scores") or []
-        if scores and not (isinstance(scores, list) and len(scores) == len(texts) and all(map(_is_score, scores))):
+        if scores and not (isinstance(scores, list) and len(scores) == len(texts) and all(map(is_score, scores))):
             notes["unusable_scores"] += 1
             scores = []
         yield _ranking(prompt, texts, ranks, scores)

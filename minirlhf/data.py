@@ -112,10 +112,10 @@ def decode(ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> list[str]:  # (B,
     return [tokenizer.decode(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
 
 
-def collate(examples: Sequence[Example], pad_id: int, device: str = "cpu") -> Batch:
-    """Right-padded rows of SFT."""
+def collate(examples: Sequence[Example], device: str = "cpu") -> Batch:
+    """Right-padded rows of SFT; id 0 stands in the padding, which no mask shows."""
     real = pad([[True] * len(e.ids) for e in examples], False, device=device)
-    ids = pad([e.ids for e in examples], pad_id, device=device)
+    ids = pad([e.ids for e in examples], 0, device=device)
     trained, texts = pad([e.trained for e in examples], False, device=device), None
     if any(e.lengths for e in examples):
         number = [[k for k, n in enumerate(e.lengths or (len(e.ids),)) for _ in range(n)] for e in examples]

@@ -112,7 +112,7 @@ from minirlhf.pretrained import load_reward_model
 from minirlhf.templates import get_template
 from minirlhf.tokenizer import Tokenizer
 
-model, tokenizer = load_reward_model("rm-good/final").eval(), Tokenizer.load("rm-good/final")
+model, tokenizer = load_reward_model("rm-good/final"), Tokenizer.load("rm-good/final")
 same = partial(score_texts, model, tokenizer, get_template("plain"))
 other = partial(score_texts, model, tokenizer, get_template("alpaca"))
 ''',

@@ -14,7 +14,7 @@ from minirlhf import review_world, stage, svg
 from minirlhf.config import SampleSection
 from minirlhf.data import decode, left_padded
 from minirlhf.evaluate import score_texts
-from minirlhf.figures import GOLD, KL, SCORE, fit, rl_curve
+from minirlhf.figures import GOLD, KL, SCORE, Points, fit, rl_curve
 from minirlhf.generate import generate
 from minirlhf.page import figure, number, section, shown, table
 from minirlhf.pretrained import load_causal_lm, load_reward_model
@@ -25,7 +25,6 @@ LENGTH = "response/length_mean"
 N = 256  # answers to a prompt for best-of-n
 SMOOTH = 5  # iterations that a peak and an end are means of
 Value = Callable[[RunFiles], float]
-Points = list[tuple[float, float]]
 
 
 class Claim(NamedTuple):
@@ -109,7 +108,7 @@ def best_of_n(folder: Path, reward_models: Sequence[str], seed: int) -> dict[str
     golds = review_world.gold_of_texts(asked, answers)
     out = {}
     for name in reward_models:
-        model = load_reward_model(folder / name / "final").eval()
+        model = load_reward_model(folder / name / "final")
         scores = np.array(score_texts(model, loaded.tokenizer, loaded.template, asked, answers))
         scores = (scores - scores.mean()) / scores.std()
         rows = [slice(i, i + N) for i in range(0, len(answers), N)]
@@ -174,7 +173,7 @@ def courses(name: str, rows: dict[str, Sequence[RunFiles]], metrics: dict[str, s
     return f'<div class="grid wide">{figure(drawn, title, ", ".join(metrics) + "; a line per seed")}</div>'
 
 
-def over_distance(name: str, rows: dict[str, Sequence[RunFiles]], best: Mapping[str, Sequence[Any]]) -> tuple[str, str]:
+def over_distance(rows: dict[str, Sequence[RunFiles]], best: Mapping[str, Sequence[Any]]) -> tuple[str, str]:
     """Proxy and gold over √KL, and the laws fitted to gold: PPO joined, its law dashed, best-of-n dotted."""
     proxy, gold, laws = [], [], []
     for color, (words, runs) in enumerate(rows.items()):
@@ -196,7 +195,7 @@ def over_distance(name: str, rows: dict[str, Sequence[RunFiles]], best: Mapping[
     if not svg.available():
         return "", fits
     drawn = svg.draw(
-        name, [svg.Panel("proxy", proxy), svg.Panel("gold", gold, -1.0)], xlabel="√KL, KL in nats per answer",
+        "overopt", [svg.Panel("proxy", proxy), svg.Panel("gold", gold, -1.0)], xlabel="√KL, KL in nats per answer",
         label="proxy and gold over the square root of KL",
     )  # fmt: skip
     words = (
@@ -273,7 +272,7 @@ def show_overopt(seeds: Seeds, rows: Rows) -> tuple[list[str], list[Claim]]:
         "proxy since then": lambda run: turn(run).proxy,
     }
     peaks = [[shown(words), *(spread([row[k][2] for row in best[words]]) for k in (0, 3, 6))] for words in rows]
-    drawn, fits = over_distance("overopt", rows, best)
+    drawn, fits = over_distance(rows, best)
     turns = {words: [turn(run) for run in runs] for words, runs in rows.items()}
     turned = {words: sum(t.fall >= 0.15 and t.proxy >= 0 for t in found) for words, found in turns.items()}
     least = max(2, math.ceil(2 * len(seeds) / 3)) if len(seeds) > 1 else 1

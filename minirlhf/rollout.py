@@ -163,7 +163,7 @@ def label_logprobs(
     model: CausalLM, examples: Sequence[Example], device: str = "cpu", *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:  # (b, T - 1), (b, T - 1) bool
     """log π of the labels of some texts, 0 elsewhere; and where they are."""
-    batch = collate(examples, 0, device)
+    batch = collate(examples, device)
     targets = sft_targets(batch.input_ids, batch.trained)
     stats = target_stats(model, batch.input_ids, batch.attention_mask, targets, texts=batch.texts, impl=impl)
     return stats["logprobs"], targets != IGNORE

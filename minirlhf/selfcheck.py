@@ -120,7 +120,7 @@ def reference(b: Bench) -> Check:
     """The frozen reference against the folder, read again."""
     path = b.config.model.path
     fresh = stage.load_policy(b.config).model
-    gap = b.gap(b.by_parts(fresh.eval()), b.rollout.ref_logprobs)
+    gap = b.gap(b.by_parts(fresh), b.rollout.ref_logprobs)
     return Check("reference equal to SFT", gap, 0.0, f"max |Δ log-prob| to {path}")
 
 
@@ -174,7 +174,7 @@ def eos(b: Bench) -> Check:
     both = zip(b.prompts, answers, strict=True)
     records = [SFT(asked, said) if isinstance(asked, str) else SFT("", said, asked) for asked, said in both]
     examples, _ = encode_sft(records, loaded.tokenizer, loaded.template, sys.maxsize)
-    batch = collate(examples, 0)
+    batch = collate(examples)
     labels = sft_targets(batch.input_ids, batch.trained)  # (B, T - 1)
     last = labels[torch.arange(len(labels)), batch.attention_mask.sum(1) - 2]  # (B,) label of the last real token
     missing = int((last != stop).sum())

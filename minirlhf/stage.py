@@ -211,7 +211,7 @@ def ppo_roles(config: Any) -> tuple[Roles, Loaded, TextScore]:
         how = {"template": c.data.template, "device": loading_device(c.run), "beside": beside}
         reward = load(c.reward.folder, load_reward_model, key="reward.path", made_by="train_rm.py", **how)
         require_same_text(loaded, reward, c.reward.folder)
-        reward_model = reward.model.requires_grad_(False).eval()
+        reward_model = reward.model.requires_grad_(False)
         score = reward_model_score(reward_model)
         of_texts = partial(score_texts, *reward, device=c.run.device)
     critic = value_model(policy, reward_model, c) if c.ppo.advantage == "gae" else None

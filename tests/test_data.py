@@ -71,7 +71,7 @@ def test_sft_trains_the_answer_and_its_eos():
     assert examples[0].ids == [3, 4, 5, 6, EOS]
     assert examples[0].trained == [False, False, True, True, True]
     assert counts == {"cut": 0, "no_label": 0}
-    batch = collate([*examples, *encode_sft([record(prompt="a", response="b")], TOKENIZER, PLAIN, 10)[0]], 0)
+    batch = collate([*examples, *encode_sft([record(prompt="a", response="b")], TOKENIZER, PLAIN, 10)[0]])
     assert batch.input_ids.tolist() == [[3, 4, 5, 6, EOS], [3, 4, EOS, 0, 0]]
     assert batch.attention_mask.tolist()[1] == [True, True, True, False, False]
     assert batch.trained.tolist()[1] == [False, True, True, False, False]

@@ -30,7 +30,7 @@ def texts(lengths, seed=0):
 
 def summed(model, examples):
     """Σ log π over the labels, and its gradient."""
-    batch = collate(examples, 0)
+    batch = collate(examples)
     targets = sft_targets(batch.input_ids, batch.trained)
     found = target_stats(model, batch.input_ids, batch.attention_mask, targets, texts=batch.texts)["logprobs"].sum()
     return found.detach(), torch.autograd.grad(found, list(model.parameters())), int((targets != IGNORE).sum())
@@ -46,9 +46,9 @@ def test_rows_by_hand():
     assert found[2] == heavy
     assert [one.weight for one in found] == [1.0, 1.0, 2.0]
     assert found[0].trained == [False, True, True, True, True, False, True, True]
-    batch = collate(found, 0)
+    batch = collate(found)
     assert batch.texts.tolist() == [[0] * 5 + [1] * 3, [0] * 4 + [1] * 2 + [0] * 2, [0] * 8]
-    assert collate([a, b], 0).texts is None
+    assert collate([a, b]).texts is None
 
 
 @pytest.mark.parametrize(("world", "size", "rows"), [(1, 1, 3), (2, 1, 4), (2, 2, 3), (3, 1, 3), (4, 1, 4), (5, 1, 5)])
@@ -82,9 +82,9 @@ def test_packed_texts_are_the_texts_alone(family, seed):
 def test_what_stands_in_another_text_changes_no_bit():
     model = lm("llama")
     row = pack(texts([5, 4, 3]), 12)
-    before = model.hidden(collate(row, 0).input_ids, texts=collate(row, 0).texts)
+    before = model.hidden(collate(row).input_ids, texts=collate(row).texts)
     other = row[0]._replace(ids=[*row[0].ids[:5], *[(i + 1) % 19 for i in row[0].ids[5:9]], *row[0].ids[9:]])
-    after = model.hidden(collate([other], 0).input_ids, texts=collate([other], 0).texts)
+    after = model.hidden(collate([other]).input_ids, texts=collate([other]).texts)
     assert_close(after[0, :5], before[0, :5], exact)
     assert_close(after[0, 9:], before[0, 9:], exact)
     assert not torch.equal(after[0, 5:9], before[0, 5:9])

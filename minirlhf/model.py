@@ -48,11 +48,6 @@ class Cache:
         new.length = self.length
         return new
 
-    def repeat_interleave(self, n: int) -> "Cache":
-        """Each row n times in a row: one prefill serves n answers to one prompt."""
-        batch = torch.arange(self.keys[0].shape[0], device=self.keys[0].device)
-        return self.rows(batch.repeat_interleave(n))
-
 
 class Linear(nn.Linear):
     """nn.Linear that draws nothing: `initialize` draws every weight from one explicit generator."""

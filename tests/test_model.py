@@ -282,7 +282,7 @@ def test_rows_of_a_cache():
         next_ids = tokens(len(index), 1, seed=4)
         got = model.hidden(next_ids, cache=cache.rows(index))
         assert_close(got[:, 0], model.hidden(torch.cat([ids[index], next_ids], 1))[:, -1], fp64)
-    twice = cache.repeat_interleave(2)
+    twice = cache.rows(torch.arange(3).repeat_interleave(2))
     got = model.hidden(tokens(6, 1, seed=5), cache=twice)
     expected = model.hidden(torch.cat([ids.repeat_interleave(2, 0), tokens(6, 1, seed=5)], 1))[:, -1]
     assert_close(got[:, 0], expected, fp64)

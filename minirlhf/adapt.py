@@ -105,7 +105,7 @@ def _open(folder: Path, loader: Callable[..., Any], device: str, beside: CausalL
     if loader is load_causal_lm:
         model = loader(base, device=device)
     else:
-        model = _under_a_head(folder, base, KINDS[loader], device, meta, beside)
+        model = _under_a_head(folder, base, loader, device, meta, beside)
     if not _is_meta(model) and meta.get("base_sha256") not in (None, fingerprint(model)):
         raise CheckpointError(f"{folder}: its base {base} is not the model that it was trained on; bring that one back")
     load_adapter(model, folder, LOADED)
@@ -114,14 +114,15 @@ def _open(folder: Path, loader: Callable[..., Any], device: str, beside: CausalL
 
 
 def _under_a_head(
-    folder: Path, base: Path, kind: type[ScalarModel], device: str, meta: dict[str, Any], beside: CausalLM | None
+    folder: Path, base: Path, loader: Callable[..., Any], device: str, meta: dict[str, Any], beside: CausalLM | None
 ) -> ScalarModel:
     """The base of a reward or value adapter, with a head that the adapter's own will replace."""
+    kind = KINDS[loader]
     if (kind is ValueModel) != (meta.get("head") == "value"):
         is_a, wanted = ("reward", "value") if kind is ValueModel else ("value", "reward")
         raise CheckpointError(f"{folder}: adapter of a {is_a} model, and a {wanted} model is needed")
     if holds_score(base):
-        return (load_reward_model if kind is RewardModel else load_value_model)(base, device=device)
+        return loader(base, device=device)
     if not read_adapter(folder).has_score:
         raise CheckpointError(f"{folder}: adapter of a language model, without the score head of a reward model")
     if beside is not None and os.path.samefile(str(get_adapter(beside, TRAINED).base), base):

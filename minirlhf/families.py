@@ -21,7 +21,7 @@ class Family:
     names: dict[str, str]  # our module -> their module
     switches: dict[str, Any]  # ModelConfig fields that the family decides, unless config.json states them
     fields: Fields  # ModelConfig field -> (spellings, the one written first; default)
-    fixed: dict[str, Any]  # settings of config.json served at this value only, which is also their default
+    fixed: dict[str, Any] = field(default_factory=dict)  # settings served at this value only, also their default
     head: str = "lm_head"  # its name in the files of models
     peft_head: str = "lm_head"  # and the module's in transformers 5, by which PEFT's files go; `head` is that of 4
     layers: str = "layers.N"  # their name of block N
@@ -200,7 +200,6 @@ FAMILIES: dict[str, Family] = {
             "out_bias": (("attention_bias",), False),
             "mlp_bias": (("mlp_bias",), False),
         },
-        fixed={},
         special={"bos_token_id": 1, "eos_token_id": 2},
     ),
     "mistral": Family(
@@ -210,7 +209,6 @@ FAMILIES: dict[str, Family] = {
         names=LLAMA_NAMES,
         switches=LLAMA_SWITCHES,
         fields={**llama_fields(14336, 8, 131072), "sliding_window": (("sliding_window",), 4096)},
-        fixed={},
         special={"bos_token_id": 1, "eos_token_id": 2},
     ),
     "qwen2": Family(
@@ -234,7 +232,6 @@ FAMILIES: dict[str, Family] = {
             "qkv_bias": (("attention_bias",), False),
             "out_bias": (("attention_bias",), False),
         },
-        fixed={},
     ),
     "gpt_neox": Family(
         lm_class="GPTNeoXForCausalLM",
@@ -273,7 +270,6 @@ FAMILIES: dict[str, Family] = {
             "embed_dropout": (("hidden_dropout",), 0.0),
             "attn_dropout": (("attention_dropout",), 0.0),
         },
-        fixed={},
         special={"bos_token_id": 0, "eos_token_id": 2},
     ),
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.errors import NonFiniteError
-from minirlhf.generate import Sampling, at_rest, check, filtered
+from minirlhf.generate import Sampling, at_rest, checked, filtered
 from minirlhf.model import Cache, CausalLM
 
 WORST = -1.0e9  # of a beam that is none
@@ -51,10 +51,9 @@ def beam_search(  # noqa: PLR0913  (the names are transformers')
         max_new_tokens, eos, repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
         min_new_tokens=min_new_tokens, suppress_tokens=tuple(suppress_tokens), do_sample=False,
     )  # fmt: skip
-    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    check(model, input_ids, mask, how, num_beams)
+    input_ids, mask = checked(model, input_ids, attention_mask, how, num_beams)
     with at_rest(model), torch.no_grad():
-        return _search(model, torch.where(mask, input_ids, 0), mask, how, num_beams, length_penalty, pad_token_id)
+        return _search(model, input_ids, mask, how, num_beams, length_penalty, pad_token_id)
 
 
 def _search(

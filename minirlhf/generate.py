@@ -91,9 +91,7 @@ def generate(  # noqa: PLR0913  (the contract's signature; the names are transfo
         max_new_tokens, eos, temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens,
         tuple(begin_suppress_tokens), tuple(suppress_tokens), do_sample,
     )  # fmt: skip
-    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    check(model, input_ids, mask, sampling, num_return_sequences)
-    input_ids = torch.where(mask, input_ids, 0)  # what stands under the padding need not be a token
+    input_ids, mask = checked(model, input_ids, attention_mask, sampling, num_return_sequences)
     with at_rest(model), torch.inference_mode():
         made = _decode(model, input_ids, mask, sampling, pad_token_id, num_return_sequences, rng, stop)
     return Generation(made.tokens.clone(), made.mask.clone(), made.logprobs.clone())
@@ -284,8 +282,12 @@ def nucleus(z: Tensor, p: float) -> Tensor:  # (b, V)
     return z.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), NEVER)
 
 
-def check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling, n: int) -> None:
-    """Refuse what `generate` cannot answer; n answers to each prompt."""
+def checked(
+    model: CausalLM, input_ids: Tensor, attention_mask: Tensor | None, sampling: Sampling, n: int
+) -> tuple[Tensor, Tensor]:  # (B, P) int64, (B, P) bool
+    """Prompts, with id 0 under the padding, where there need be no token, and their mask. Refuse what `generate` cannot
+    answer; n answers to each prompt."""
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     assert input_ids.ndim == 2, input_ids.shape
     assert mask.shape == input_ids.shape, (mask.shape, input_ids.shape)
     s = sampling
@@ -302,3 +304,4 @@ def check(model: CausalLM, input_ids: Tensor, mask: Tensor, sampling: Sampling, 
             raise ValueError(
                 f"generate: prompt and answer of {longest} tokens exceed {model.config.max_seq_len} positions"
             )
+    return torch.where(mask, input_ids, 0), mask

@@ -24,7 +24,7 @@ from typing import Any
 from minirlhf.errors import DataError, UsageError, tool
 from minirlhf.formats import read_records
 from minirlhf.readers import LARGEST, is_score
-from minirlhf.rows import Bad, Source, json_rows
+from minirlhf.rows import objects
 
 Row = dict[str, Any]
 K_FACTOR, SCALE, START = 32.0, 400.0, 1000.0  # of Elo 1978, section 1.6 and 8.4
@@ -33,12 +33,9 @@ K_FACTOR, SCALE, START = 32.0, 400.0, 1000.0  # of Elo 1978, section 1.6 and 8.4
 def rows_of(path: str) -> tuple[list[Row], list[str]]:
     """The JSON objects of a file, one a line, and the PATH:LINE of each. Raises DataError for a line that is none."""
     rows, places = [], []
-    with Source(path) as source:
-        for line, row in json_rows(source, source.lines()):
-            if isinstance(row, Bad):
-                raise DataError(f"{path}:{line}: {row}")
-            rows.append(row)
-            places.append(f"{path}:{line}")
+    for line, row in objects(path):
+        rows.append(row)
+        places.append(f"{path}:{line}")
     if not rows:
         raise DataError(f"{path}: holds no row")
     return rows, places

@@ -114,6 +114,15 @@ def json_rows(source: Source, lines: Iterator[bytes]) -> Iterator[tuple[int, dic
             yield number, decoder.whole(text)
 
 
+def objects(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a file of JSON lines. Raises DataError for a line that is none."""
+    with Source(path) as source:
+        for line, row in json_rows(source, source.lines()):
+            if isinstance(row, Bad):
+                raise DataError(f"{path}:{line}: {row}")
+            yield line, row
+
+
 def _decoded(source: Source, line: bytes) -> str | Bad:
     if len(line) > MAX_LINE + 1:
         if not line.endswith(b"\n"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minirlhf.errors import DataError, UsageError
-from minirlhf.rows import Bad, Source, json_rows
+from minirlhf.rows import Bad, objects
 
 MIN_ANSWERS, MAX_ANSWERS = 2, 9
 REPEAT_AFTER = 20  # items between a task and its hidden repeat
@@ -50,17 +50,14 @@ def read_tasks(path: Path | str) -> list[Task]:
     """JSON lines with `prompt` and 2 to 9 different `responses`. Raises DataError for the first bad line."""
     tasks: list[Task] = []
     seen: Counter[str] = Counter()
-    with Source(path) as source:
-        for line, row in json_rows(source, source.lines()):
-            try:
-                if isinstance(row, Bad):
-                    raise row
-                prompt, responses = _checked(row)
-            except Bad as bad:
-                raise DataError(f"{path}:{line}: {bad}") from bad
-            content = json.dumps([prompt, *responses])
-            tasks.append(Task(_digest(content, seen[content]), prompt, responses))
-            seen[content] += 1
+    for line, row in objects(path):
+        try:
+            prompt, responses = _checked(row)
+        except Bad as bad:
+            raise DataError(f"{path}:{line}: {bad}") from bad
+        content = json.dumps([prompt, *responses])
+        tasks.append(Task(_digest(content, seen[content]), prompt, responses))
+        seen[content] += 1
     if not tasks:
         raise DataError(f"{path}: holds no task")
     return tasks

@@ -82,8 +82,10 @@ class Run:
             raise UsageError(f"run.dir {self.folder}: {e.strerror or e}; choose a folder that can be written") from e
         run = self.config.run
         self.goes_aside = self._used() and not run.resume and not run.dir and not self._unfinished()
-        if not self.goes_aside:
+        if not self._used():
             self._refuse_foreign()
+        elif not self.goes_aside:
+            self._refuse_changed()
 
     def _begin(self) -> None:
         """Everything is loaded and sound: an earlier run goes aside now, and the folder tells whose it is."""
@@ -134,21 +136,21 @@ class Run:
         self._take_lock()
 
     def _refuse_foreign(self) -> None:
-        stored = self.folder / "config.json"
-        if not self._used():
-            begun = (self.folder / "environment.json").exists()  # the first file of a run
-            own = OWN if begun else {".lock"}
-            foreign = {p.name for p in self.folder.iterdir() if not (p.name in own or p.match(".*.tmp"))}
-            if foreign:
-                raise UsageError(
-                    f"run.dir {self.folder} holds {sorted(foreign)[0]}, which is no run; choose an empty folder"
-                )
-            return
+        """What is in a folder without a run was left by one that took no step."""
+        begun = (self.folder / "environment.json").exists()  # the first file of a run
+        own = OWN if begun else {".lock"}
+        foreign = {p.name for p in self.folder.iterdir() if not (p.name in own or p.match(".*.tmp"))}
+        if foreign:
+            raise UsageError(f"run.dir {self.folder} holds {min(foreign)}, which is no run; choose an empty folder")
+
+    def _refuse_changed(self) -> None:
+        """The run in the folder is to be resumed, with its own settings, from the same models and data."""
         if not self.config.run.resume:
             state, remedy = (
                 ("a finished", "choose another") if self.finished else ("an unfinished", "add --run.resume true")
             )
             raise UsageError(f"run.dir {self.folder} holds {state} run; {remedy}")
+        stored = self.folder / "config.json"
         try:
             new = flatten(json.loads(json.dumps(to_dict(self.config))))
             old = flatten(json.loads(stored.read_text()))

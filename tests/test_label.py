@@ -764,7 +764,7 @@ def test_agreement_of_labels(tmp_path):
         f.write(json.dumps(labelled("x", [1, 2, 3, 4], "eve")) + "\n")
     found, _, err = label(path, "--agreement")
     assert found == 3
-    assert err.startswith(f"error: {path}: one task was ranked as")
+    assert err.startswith(f"error: {path}: task x: ranked as")
     assert code == 0
     found = json.loads(out)
     assert (found["labels"], found["skipped"], found["shared_tasks"]) == (7, 1, 2)

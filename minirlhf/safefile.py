@@ -70,12 +70,17 @@ def parse_json(data: bytes, path: Path, what: str = "file") -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
-    """A file with one JSON object of at most `limit` bytes."""
+def read_file(path: Path, limit: int) -> bytes:
+    """A file of at most `limit` bytes."""
     with open_file(path) as (f, size):
         if size > limit:
             raise CheckpointError(f"{path}: {size} bytes, more than the {limit} that such a file may have")
-        return parse_json(f.read(), path)
+        return f.read()
+
+
+def read_json(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
+    """A file with one JSON object of at most `limit` bytes."""
+    return parse_json(read_file(path, limit), path)
 
 
 def read_json_if_there(path: Path, limit: int = 1 << 20) -> dict[str, Any]:

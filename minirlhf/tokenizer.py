@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from minirlhf.errors import CheckpointError, DataError
-from minirlhf.safefile import open_file, read_json_if_there, shown
+from minirlhf.safefile import open_file, read_file, read_json_if_there, shown
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 SPECIAL = (PAD, EOS, UNK)  # ids 0, 1, 2 of every tokenizer made here
@@ -216,10 +216,7 @@ def _without_added(full: tokenizers.Tokenizer, keep: set[str]) -> tokenizers.Tok
 
 
 def _parse(path: Path) -> tokenizers.Tokenizer:
-    with open_file(path) as (file, size):
-        if size > MAX_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_BYTES} that a tokenizer may have")
-        data = file.read()
+    data = read_file(path, MAX_BYTES)
     try:
         text = data.decode("utf-8-sig")
         full = tokenizers.Tokenizer.from_str(text)

@@ -93,7 +93,7 @@ def load_newest(root: Path) -> tuple[int, Tensors, dict[str, Any]] | None:
 
     Each damaged one passed over is named on stderr. Raises CheckpointError when all are damaged.
     """
-    damaged = []
+    damaged = False
     for step in sorted(_steps(root), reverse=True):
         folder = root / f"step_{step:08d}"
         try:
@@ -101,7 +101,7 @@ def load_newest(root: Path) -> tuple[int, Tensors, dict[str, Any]] | None:
             groups = {p.stem: read_tensors(p) for p in sorted(folder.glob("*.safetensors"))}
             return step, groups, read_json(folder / "state.json")
         except (CheckpointError, OSError) as e:
-            damaged.append(str(e))
+            damaged = True
             print(f"damaged checkpoint passed over: {e}", file=sys.stderr)  # noqa: T201
     if damaged:
         raise CheckpointError(f"{root}: no checkpoint verifies; start again in another run.dir")

@@ -70,11 +70,6 @@ def head_bytes(config: ModelConfig, positions: int, device: str = "cpu") -> int:
     return (rows.stop - rows.start) * (cols.stop - cols.start) * FP32
 
 
-def logit_bytes(config: ModelConfig, rows: int) -> int:
-    """The logits of the token that is being drawn, (B, V)."""
-    return rows * config.vocab_size * FP32
-
-
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
 
@@ -201,5 +196,5 @@ def largest_activation(config: ModelConfig, sizes: Sizes, size: int, device: str
         found["logits, update"] = head_bytes(config, sizes.rows * sizes.targets, device)
     if sizes.answers:
         found |= {f"{name}, prompts": n for name, n in activation_bytes(config, *sizes.prompts, size).items()}
-        found["logits, sampling"] = logit_bytes(config, sizes.answers)
+        found["logits, sampling"] = sizes.answers * config.vocab_size * FP32  # of the token that is being drawn
     return max(found.items(), key=lambda item: item[1])

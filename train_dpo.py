@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minirlhf import stage
+from minirlhf import dist, stage
 from minirlhf.adapt import sft_model
 from minirlhf.config import DPOConfig
 from minirlhf.data import Pair, encode_pairs, microbatches, step_rows
@@ -38,10 +38,14 @@ def main(config: DPOConfig, run: Run) -> None:
         both = [pair.better for pair in rows] + [pair.worse for pair in rows]
         return answer_logprobs(model, both, 2 * size, c.run.device, impl=c.run.impl).view(2, -1)
 
+    def shared(rows: list[Pair]) -> Tensor:  # (2, n), each rank its pairs
+        found = logprobs(own) if (own := dist.mine(rows)) else torch.zeros(2, 0, device=c.run.device)
+        return dist.all_rows(found.T, len(rows)).T
+
     engine = Engine(c.run, [model])
     model.eval()
-    with torch.no_grad(), engine.gathered(model), engine.precision():
-        ref, val_ref = logprobs(pairs), logprobs(validation) if validation else None  # (2, N)
+    with engine.gathered(model):
+        ref, val_ref = shared(pairs), shared(validation)  # (2, N) each
 
     def losses(step: int) -> Iterator[tuple[Tensor, int]]:
         rows = step_rows(len(pairs), c.dpo.minibatch_size, step - 1, seed=c.run.seed)
@@ -51,11 +55,10 @@ def main(config: DPOConfig, run: Run) -> None:
             loss = dpo_loss(*found, *ref[:, part], beta=c.dpo.beta)  # (b,)
             yield loss.sum() / len(rows), sum(len(pairs[r].better.ids) + len(pairs[r].worse.ids) for r in part)
 
-    @torch.no_grad()
     def validate() -> dict[str, float]:
-        if val_ref is None:
+        if not validation:
             return {}
-        implicit = c.dpo.beta * (logprobs(validation) - val_ref)  # (2, n) rewards, Rafailov et al. 2023, eq. 5
+        implicit = c.dpo.beta * (shared(validation) - val_ref)  # (2, n) rewards, Rafailov et al. 2023, eq. 5
         margin = implicit[0] - implicit[1]
         return {"val/accuracy": float((margin > 0).double().mean()), "val/margin": float(margin.mean())}
 

@@ -1,4 +1,4 @@
-"""The three scripts under torchrun: any engine, any number of ranks, the same numbers as one process."""
+"""The scripts under torchrun: any engine, any number of ranks, the same numbers as one process."""
 
 import json
 import os
@@ -26,6 +26,8 @@ TINY = {
             "2", "--sft.eval_every", "10"],
     "rm": [*COMMON, "--run.steps", "10", "--data.size", "60", "--rm.minibatch_size", "10", "--rm.microbatch_size", "2",
            "--rm.eval_every", "10"],
+    "dpo": [*COMMON, "--run.steps", "10", "--data.size", "61", "--dpo.minibatch_size", "10", "--dpo.microbatch_size", "2",
+            "--dpo.eval_every", "10"],
     "ppo": [*COMMON, "--run.steps", "2", "--ppo.rollout_size", "20", "--ppo.minibatch_size", "10",
             "--ppo.microbatch_size", "2", "--ppo.epochs", "2"],
 }  # fmt: skip
@@ -91,6 +93,7 @@ def compare(cwd, folder, name, engine, world, setting):
 
 @pytest.mark.parametrize(("name", "engine", "setting"), [
     ("sft", "mini", "full"), ("rm", "mini", "checkpointed"), ("ppo", "mini", "lora"), ("ppo", "torch", "full"),
+    ("dpo", "mini", "full"),
 ])  # fmt: skip
 def test_two_ranks_are_one_process(pipeline, tmp_path, name, engine, setting):
     compare(pipeline, tmp_path / "x", name, engine, 2, setting)
@@ -101,7 +104,7 @@ def test_two_ranks_are_one_process(pipeline, tmp_path, name, engine, setting):
     ("none", 2, "full"), ("mini", 3, "full"), ("torch", 3, "full"), ("mini", 4, "checkpointed"), ("mini", 3, "lora"),
     ("torch", 2, "lora"),
 ])  # fmt: skip
-@pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo", "dpo"])
 def test_any_number_of_ranks_is_one_process(pipeline, tmp_path, name, engine, setting, world):
     compare(pipeline, tmp_path / "x", name, engine, world, setting)
 

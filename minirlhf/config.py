@@ -166,7 +166,7 @@ class RMSection:
 class DPOSection:
     """Direct preference optimization."""
 
-    beta: float = key(0.1, "β, how near to the reference the policy stays", low=0.0)
+    beta: float = key(0.1, "β, how near to the reference the policy stays", low=1e-6)
     minibatch_size: int = key(64, "pairs of one optimizer step, over all ranks", low=1)
     microbatch_size: int = key(64, "pairs of one forward, per rank", low=1)
     eval_every: int = key(0, "steps between validations; 0: ten in a run", low=0)

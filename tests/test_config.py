@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from minirlhf.config import PPOConfig, RMConfig, SFTConfig, load_config
+from minirlhf.config import DPOConfig, PPOConfig, RMConfig, SFTConfig, load_config
 from minirlhf.errors import UsageError
 from minirlhf.settings import help_text, to_dict
 
@@ -134,3 +134,5 @@ def test_presets_are_valid():
 def test_what_would_train_nothing_is_refused(argv, words):
     with pytest.raises(UsageError, match=words):
         load_config(PPOConfig, argv)
+    with pytest.raises(UsageError, match=r"dpo\.beta"):
+        load_config(DPOConfig, ["--dpo.beta", "0"])

@@ -83,7 +83,7 @@ RULES = (
          lambda now, first, _: 1 - now["response/eos_frac"] > max(0.2, 2 * (1 - first["response/eos_frac"])),
          "raise sample.max_new_tokens, or set ppo.missing_eos replace"),
     Rule("sameness", "response/distinct_frac", 3,
-         lambda now, first, _: now["response/distinct_frac"] < min(0.5, first["response/distinct_frac"] / 2), STUCK),
+         lambda now, first, _: now["response/distinct_frac"] < first["response/distinct_frac"] / 2, STUCK),
     Rule("repetition", "response/repeat_frac", 3, above("response/repeat_frac", 0.2), HACKED),
     Rule("KL", "objective/kl", 5,
          lambda now, _, limits: limits.kl_target > 0 and now["objective/kl"] > 2 * limits.kl_target, STUCK),
@@ -117,12 +117,13 @@ def held(rule: Rule, history: Sequence[Line], limits: Limits) -> bool:
 
 def alarms(history: Sequence[Line], limits: Limits) -> list[str]:
     """What the newest line raises and no recent one did, in a line each with its cure."""
-    now, first, n = history[-1], history[0], len(history)
+    now, first = history[-1], history[0]
+    earlier = range(1, len(history))[-QUIET:]  # lengths of the history
     return [
         f"{rule.name}: {rule.metric} is {now[rule.metric]:.3g}"
         + ("" if first.get(rule.metric) is None else f", at step {first['step']} it was {first[rule.metric]:.3g}")
         + (f", {rule.lines} lines in a row" if rule.lines > 1 else "")
         + f"; {rule.cure}"
         for rule in RULES
-        if held(rule, history, limits) and not any(held(rule, history[:m], limits) for m in range(max(0, n - QUIET), n))
+        if held(rule, history, limits) and not any(held(rule, history[:n], limits) for n in earlier)
     ]

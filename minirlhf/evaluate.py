@@ -85,7 +85,6 @@ def score_sequences(
     return torch.cat(scores)[torch.tensor(order, device=device).argsort()]
 
 
-@torch.no_grad()
 def score_texts(
     model: RewardModel,
     tokenizer: Tokenizer,
@@ -107,7 +106,6 @@ def text_ids(
     return [ids[: model.config.max_seq_len] for ids in sequences]
 
 
-@torch.no_grad()
 def ranking_accuracy(model: RewardModel, lists: Sequence[RankedList], size: int, device: str = "cpu") -> dict[str, Any]:
     """How often the order of scores is the order of ranks; equal scores count as wrong."""
     flat = score_rows(model, [s for one in lists for s in one.sequences], size, device).tolist()

@@ -85,6 +85,31 @@ def test_limits_that_depend_on_the_first_line(name, first, bad, good):
         assert raised([start | first, *(line | {metric: value} for line in others)]) == expected
 
 
+@pytest.mark.parametrize(
+    ("first", "at"),
+    [
+        ({}, {"response/length_mean": 20.0}),
+        ({}, {"response/empty_frac": 0.06}),
+        ({"response/eos_frac": 0.875}, {"response/eos_frac": 0.75}),
+        ({}, {"response/distinct_frac": 0.475}),
+        ({}, {"objective/kl": 4.0}),
+        ({}, {"objective/kl": -1.5, "objective/kl_se": 0.5}),
+        ({}, {"val/first_ratio_gap": 1e-5}),
+        ({}, {"objective/entropy": 1.2}),
+        ({}, {"value/explained_var": 0.0}),
+        ({}, {"objective/score_length_corr": 0.9}),
+        ({}, {"objective/scores": 3.0}),
+    ],
+)
+def test_at_its_limit_nothing_is_raised(first, at):
+    start, *others = history(25)
+    assert raised([start | first, *(line | at for line in others)]) == []
+
+
+def test_what_is_wrong_from_the_first_line_on_is_told_there_and_once():
+    assert raised([{"step": 7, **SOUND, "val/first_ratio_gap": 0.1}] * 3) == [(7, "ratio")]
+
+
 def test_a_small_target_counts_too():
     assert raised(history(5, objective_kl=0.9), Limits(kl_target=0.4)) == [(6, "KL")]
 

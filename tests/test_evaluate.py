@@ -115,6 +115,7 @@ def test_scores_of_texts_are_of_prompt_answer_and_end():
         text_ids(model, WORDS, template, prompts, responses[:2])
     reward = RewardModel(CONFIG, rng=generator(0, "weights"))
     both = score_texts(reward, WORDS, template, ["so film", "film"], ["good", "bad"])
+    assert not score_rows(reward, ids, 2, "cpu").requires_grad
     assert both == pytest.approx([reward(torch.tensor([row])).item() for row in text_ids(
         reward, WORDS, template, ["so film", "film"], ["good", "bad"])], rel=1e-5)  # fmt: skip
 

@@ -90,18 +90,19 @@ def test_variants_are_what_their_names_say():
 
 def test_variants_of_several_answers_to_a_prompt():
     prompts = ["p ?", "q ?", "p ?", "p ?", (("user", "hello"), ("assistant", "yes ?"), ("user", "and then ?"))]
-    answers = ["b c d", "e", "", "f g", "h"]
+    answers = ["f g", "e", "", "b c d", "h"]
     found = variants(prompts, answers, 0)
     assert found["shortest answer five times"] == [
         "f g f g f g f g f g", "e e e e e", "f g f g f g f g f g", "f g f g f g f g f g", "h h h h h"
     ]  # fmt: skip
-    assert found["another prompt's answer"] == ["e", "b c d", "e", "e", "b c d"]
-    assert found["one word"] == ["b", "e", "", "f", "h"]
+    assert found["another prompt's answer"] == ["e", "f g", "e", "e", "f g"]
+    assert found["one word"] == ["f", "e", "", "b", "h"]
     assert found["echo of the prompt"][3:] == ["p ?", "and then ?"]  # of a conversation the last turn
-    assert found["all answers in a row"] == ["b c d e  f g h"] * 5
+    assert found["all answers in a row"] == ["f g e  b c d h"] * 5
     assert [len(words.split()) for words in found["random words"]] == [8] * 5
     assert found["random words"] == variants(prompts, answers, 0)["random words"]
     assert found["random words"] != variants(prompts, answers, 1)["random words"]
+    assert variants(["p"] * 2, ["ab", "cd"], 0)["shortest answer five times"] == ["ab" * 5] * 2  # the first of a length
     assert variants(["p", "q"], ["no。", "a very long answer."], 0)["one full stop"] == [".", "."]  # as in the longest
 
 
@@ -109,7 +110,8 @@ def test_answers_that_are_all_empty():
     """A policy that says nothing is what the probe is for."""
     found = variants(["p ?", "q ?"], ["", ""], 0)
     assert found["random words"] == ["", ""]
-    assert len(probe(brief, PROMPTS, [""] * len(PROMPTS), 0)) > 1
+    table = probe(brief, PROMPTS, [""] * len(PROMPTS), 0)  # of the others nothing is left
+    assert [row["name"] for row in table[1:]] == ["empty", "one full stop", "echo of the prompt"]
 
 
 def test_chinese_answers_without_spaces():

@@ -89,6 +89,7 @@ def test_limits_that_depend_on_the_first_line(name, first, bad, good):
     ("first", "at"),
     [
         ({}, {"response/length_mean": 20.0}),
+        ({}, {"response/length_mean": 5.8}),
         ({}, {"response/empty_frac": 0.06}),
         ({"response/eos_frac": 0.875}, {"response/eos_frac": 0.75}),
         ({}, {"response/distinct_frac": 0.475}),
@@ -107,7 +108,7 @@ def test_at_its_limit_nothing_is_raised(first, at):
 
 
 def test_what_is_wrong_from_the_first_line_on_is_told_there_and_once():
-    assert raised([{"step": 7, **SOUND, "val/first_ratio_gap": 0.1}] * 3) == [(7, "ratio")]
+    assert raised([{"step": 7 + i, **SOUND, "val/first_ratio_gap": 0.1} for i in range(3)]) == [(7, "ratio")]
 
 
 def test_a_small_target_counts_too():
@@ -210,6 +211,7 @@ def test_signals_of_a_rollout_by_hand():
     # KL per answer 1, 1, 1, 3, 1.5: variance 3/4 with n - 1
     assert found["objective/kl_se"] == pytest.approx(math.sqrt(0.75 / 5), rel=1e-12)
     assert signals(rollout.rows(torch.tensor([0])))["objective/kl_se"] == math.inf  # of one answer nothing is known
+    assert signals(rollout.rows(torch.tensor([0, 3])))["objective/kl_se"] == pytest.approx(1.0, rel=1e-12)
 
 
 def test_a_prompt_and_its_answer_are_not_another_prompt_and_another_answer():
@@ -225,6 +227,7 @@ def test_correlation_against_numpy_and_where_it_has_no_meaning():
 
     x, y = torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert correlation(x, x + y) == pytest.approx(numpy.corrcoef(x, x + y)[0, 1], rel=1e-12)
+    assert correlation(x / 1e3, x / 1e3) == pytest.approx(1.0, rel=1e-12)
     assert correlation(x, torch.ones(50, dtype=torch.float64)) == 0.0
 
 

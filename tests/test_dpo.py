@@ -4,15 +4,11 @@ import math
 import shutil
 
 import pytest
-import torch
 from test_scripts import metrics, script
 
 from minirlhf.data import encode_pairs
 from minirlhf.errors import DataError
-from minirlhf.evaluate import answer_logprobs, sft_loss
 from minirlhf.formats import Ranking
-from minirlhf.model import CausalLM, ModelConfig
-from minirlhf.rng import generator
 from minirlhf.templates import get_template
 from minirlhf.tokenizer import SPECIAL, Tokenizer
 
@@ -40,21 +36,6 @@ def test_what_is_too_long_is_left_out_whole_and_counted():
     assert counts == {"too_long": 1}
     with pytest.raises(DataError, match="no pair"):
         encoded(long)
-
-
-def test_log_probs_of_answers_are_those_of_each_answer_alone():
-    config = ModelConfig(family="gpt2", vocab_size=WORDS.vocab_size, n_layer=1, n_head=2, d_model=8, max_seq_len=16)
-    model = CausalLM(config, rng=generator(0, "weights"))
-    pairs, _ = encoded(Ranking("film", ["good so so", "bad", "so good"], [1, 3, 2]))
-    examples = [e for pair in pairs for e in pair]
-    found = answer_logprobs(model, examples, 2)
-    for example, sum_ in zip(examples, found, strict=True):
-        logprobs = model(torch.tensor([example.ids]))[0].double().log_softmax(-1)  # (T, V)
-        expected = sum(logprobs[t - 1, example.ids[t]] for t in range(1, len(example.ids)) if example.trained[t])
-        torch.testing.assert_close(sum_.double(), expected, rtol=1e-5, atol=1e-5)
-    for function in (answer_logprobs, sft_loss):
-        with pytest.raises(ValueError, match="impl 'nonsense'"):
-            function(model, examples, 2, impl="nonsense")
 
 
 def test_dpo_starts_at_ln_2_and_runs_again_bit_for_bit(tmp_path, stages):

@@ -11,6 +11,7 @@ from tolerance import assert_close, fp32
 from minirlhf import evaluate, review_world
 from minirlhf.data import Example, RankedList
 from minirlhf.evaluate import (
+    answer_logprobs,
     exact_kl,
     examine,
     frontier_share,
@@ -74,6 +75,22 @@ def test_sft_loss_is_the_mean_over_all_trained_tokens(size):
     found = sft_loss(model, examples, size)
     assert found == pytest.approx(sum(nats) / 9, rel=1e-5)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_log_probs_of_answers_come_in_the_order_of_the_examples():
+    model = CausalLM(CONFIG, rng=generator(0, "weights"))
+    rows = [[3, 4, 5, 1], [6, 3], [3, 4, 5, 6, 5, 4, 1], [5, 6], [4, 4, 1]]
+    examples = [Example(ids, [i > 0 for i in range(len(ids))]) for ids in rows]
+    expected = []
+    for ids in rows:
+        logprobs = model(torch.tensor([ids]))[0].detach().log_softmax(-1)  # (T, V)
+        expected.append(sum(float(logprobs[t - 1, ids[t]]) for t in range(1, len(ids))))
+    found = answer_logprobs(model, examples, 2)
+    assert_close(found, expected, fp32)
+    assert found.requires_grad  # DPO learns from them
+    for function in (answer_logprobs, sft_loss):
+        with pytest.raises(ValueError, match="impl 'nonsense'"):
+            function(model, examples, 2, impl="nonsense")
 
 
 # ---- reward model ---------------------------------------------------------------------------------------------------
@@ -203,15 +220,24 @@ def test_the_kl_of_an_exam_is_that_of_whole_distributions():
     seen = []
     models = roles()
     models = models._replace(score=lambda rollout: seen.append(rollout) or rollout.lengths.double())
-    records = examine(models, [[3, 4], [5], [6, 6, 3]], WORDS, HOW, None, seed=0)
+    records = examine(models, [[3 + i % 4] * (1 + i % 3) for i in range(22)], WORDS, HOW, None, seed=3)
     (rollout,) = seen
-    assert_close(exact_kl(models, rollout, 0.8), [record["kl"] for record in records], fp32)
+    assert len(set(rollout.lengths.tolist())) > 2
+    found = exact_kl(models, rollout, 0.8)
+    assert_close(found, [record["kl"] for record in records], fp32)
+    assert not found.requires_grad
     for i, record in enumerate(records):
         prompt, answer = rollout.prompts[i][rollout.prompt_mask[i]], rollout.responses[i][rollout.response_mask[i]]
         ids = torch.cat([prompt, answer])[None]
         log_p, log_q = (m(ids)[0, len(prompt) - 1 : -1].detach().double().div(0.8).log_softmax(-1) for m in models[:2])
         assert record["kl"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-4)
         assert record["kl"] > 1e-3
+    warm = examine(models, [[3, 4]], WORDS, {k: x for k, x in HOW.items() if k != "temperature"}, None, seed=3)
+    assert warm == examine(models, [[3, 4]], WORDS, HOW | {"temperature": 1.0}, None, seed=3)
+    with pytest.raises(ValueError, match="impl 'nonsense'"):
+        examine(models, [[3, 4]], WORDS, HOW, None, seed=3, impl="nonsense")
+    with pytest.raises(ValueError, match="impl 'nonsense'"):
+        exact_kl(models, rollout, 0.8, impl="nonsense")
 
 
 def test_a_summary_by_hand():
@@ -228,8 +254,9 @@ def test_a_summary_by_hand():
 
 
 def test_the_share_of_the_frontier(monkeypatch):
-    monkeypatch.setattr(evaluate, "review_world", SimpleNamespace(frontier={0.0: -0.25, 3.0: 0.75}.get))
+    monkeypatch.setattr(evaluate, "review_world", SimpleNamespace(frontier={0.0: -0.25, 0.5: 0.25, 3.0: 0.75}.get))
     assert frontier_share(-0.2, 0.4, 3.0) == pytest.approx(0.6)
+    assert frontier_share(-0.25, 0.0, 0.5) == pytest.approx(0.5)
     assert frontier_share(-0.2, 0.4, 0.0) == 0.0
     monkeypatch.undo()
     assert frontier_share(review_world.frontier(0.0), review_world.frontier(2.0), 2.0) == pytest.approx(1.0)

@@ -46,11 +46,13 @@ def main(config: PPOConfig, run: Run) -> None:
     engine = Engine(c.run, [roles.policy, roles.ref_policy, roles.value_model, roles.reward_model])
     roles = roles._replace(gathered=engine.gathered)
     texts, prompts = stage.ppo_prompts(c, run, loaded)
+    if c.reward.fn:
+        roles = roles._replace(score=stage.function_score(of_texts, loaded.tokenizer, texts, prompts))
     gold, sampling = stage.gold_reward(c), stage.sampling(c.sample, loaded)
     limits = Limits(p.kl_target, stage.score_limit(c))
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
                    device=c.run.device, impl=c.run.impl)  # fmt: skip
-    corpus, measure = Corpus(c, run, loaded, engine), measured(c, loaded, exam, prompts)
+    corpus, measure = Corpus(c, run, loaded, engine), measured(c, loaded, exam, texts, prompts)
 
     trained, optimizer = stage.ppo_optimizer(roles, c)
     start, tensors, state = run.restore() or (0, {}, {"kl_coef": p.kl_coef})
@@ -121,7 +123,11 @@ def look_first(
 
 
 def measured(
-    config: PPOConfig, loaded: stage.Loaded, exam: Callable[..., list[Any]], prompts: list[list[int]]
+    config: PPOConfig,
+    loaded: stage.Loaded,
+    exam: Callable[..., list[Any]],
+    texts: list[Asked],
+    prompts: list[list[int]],
 ) -> Callable[[int], dict[str, float]]:
     """By ppo.metric_fn, of answers to the held-out prompts of the file, or to all where none are; for the log alone."""
     c, p = config, config.ppo
@@ -129,13 +135,13 @@ def measured(
         return lambda step: {}
     function, every = load_reward_fn(p.metric_fn, key="ppo.metric_fn"), p.eval_every or max(1, c.run.steps // 10)
     if c.data.path and c.data.holdout and not p.prompts:
-        prompts = stage.ppo_prompts(c, stage.unheard(), loaded, held_out=True)[1]
+        texts, prompts = stage.ppo_prompts(c, stage.unheard(), loaded, held_out=True)
 
     def measure(step: int) -> dict[str, float]:
         if step % every and step != c.run.steps:
             return {}
         records = exam(repeated(prompts, MEASURED))
-        values = function([r["prompt"] for r in records], [r["response"] for r in records])
+        values = function(repeated(texts, MEASURED), [r["response"] for r in records])
         return {"eval/metric": sum(values) / len(values)}
 
     return measure

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 
 from minirlhf import dist
 from minirlhf.page import spelled
+from minirlhf.records import Asked
 
 
-def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+def reward(prompts: Sequence[Asked], responses: Sequence[str]) -> list[float]:
     """One number per answer. Raises EOFError where the input ends before."""
     if dist.world_size() > 1:
         raise RuntimeError("a person sits at one terminal; start the script without torchrun")
     scores = []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True), 1):
-        _say(f"\n[{i}/{len(responses)}] {spelled(prompt)}\n> {spelled(response) or '(empty)'}\nreward: ")
+        asked = prompt if isinstance(prompt, str) else "\n".join(f"{role}: {text}" for role, text in prompt)
+        _say(f"\n[{i}/{len(responses)}] {spelled(asked)}\n> {spelled(response) or '(empty)'}\nreward: ")
         scores.append(_number())
     return scores
 

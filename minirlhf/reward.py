@@ -8,6 +8,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from minirlhf.errors import NonFiniteError, UsageError
 from minirlhf.masked import keep
 from minirlhf.ops import kl_estimate
 
-RewardFn = Callable[[Sequence[str], Sequence[str]], list[float]]  # prompts, responses → scores
+RewardFn = Callable[[Sequence[Any], Sequence[str]], list[float]]  # prompts (`Asked`), responses → scores
 
 
 def shape_rewards(
@@ -118,7 +119,7 @@ def load_reward_fn(name: str, *, key: str = "reward.fn") -> RewardFn:
     if not callable(function):
         raise UsageError(f"{key} {name!r}: {module_name} has no function {function_name}")
 
-    def checked(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def checked(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         try:
             scores = [float(score) for score in function(prompts, responses)]
         except Exception as error:

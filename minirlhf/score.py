@@ -36,7 +36,7 @@ def reward_of(folder: str, *, template: str = "", device: str = "cpu") -> Callab
     model, tokenizer, words = open_folder(folder, load_reward_model, template=template, device=device)
 
     @torch.no_grad()
-    def scores(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def scores(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         sequences = text_ids(model, tokenizer, words, prompts, responses)
         return score_sequences(model, sequences, 64, device).tolist() if sequences else []
 

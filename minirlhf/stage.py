@@ -228,11 +228,21 @@ def score_limit(config: Any) -> float:
     return highest + deviation if isinstance(highest, float) and isinstance(deviation, float) else math.inf
 
 
-def function_score(function: TextScore, tokenizer: Tokenizer) -> Callable[[Rollout], torch.Tensor]:
-    """A reward function of texts as a score of rollouts."""
+def function_score(
+    function: TextScore,
+    tokenizer: Tokenizer,
+    texts: Sequence[Asked] = (),
+    prompts: Sequence[Sequence[int]] = (),  # the same as tokens
+) -> Callable[[Rollout], torch.Tensor]:
+    """A reward function of texts as a score of rollouts. Of these prompts it gets the texts, not the template around
+    them: a reward model among its parts puts its own there."""
+    known = {tuple(ids): text for ids, text in zip(prompts, texts, strict=True)}
 
     def score(rollout: Rollout) -> torch.Tensor:  # (B,)
-        return torch.tensor(list(function(*rollout.texts(tokenizer))), dtype=torch.float32)
+        read, responses = rollout.texts(tokenizer)
+        rows = zip(read, rollout.prompts, rollout.prompt_mask, strict=True)
+        asked = [known.get(tuple(ids[real].tolist()), text) for text, ids, real in rows]
+        return torch.tensor(list(function(asked, responses)), dtype=torch.float32)
 
     return score
 

@@ -17,10 +17,11 @@ from minirlhf.reward import load_reward_fn
 def test_each_answer_is_shown_and_its_number_read(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("1\n-0.5\nten\n\nnan\ninf\n 2e-1 \n"))
     reward = load_reward_fn("human")
-    assert reward(["how?", "how?", "\x1b[2J"], ["well", "", "a\nb"]) == [1.0, -0.5, 0.2]
+    talk = (("user", "how?"), ("assistant", "so"), ("user", "why?"))
+    assert reward(["how?", talk, "\x1b[2J"], ["well", "", "a\nb"]) == [1.0, -0.5, 0.2]
     out = capsys.readouterr().out
     assert "[1/3] how?\n> well\nreward: " in out
-    assert "(empty)" in out
+    assert "[2/3] user: how?⏎\nassistant: so⏎\nuser: why?\n> (empty)" in out
     assert "⟨U+001B⟩[2J" in out
     assert "> a⏎\nb" in out
     assert out.count("a number, such as 1") == 4

@@ -26,6 +26,7 @@ from minirlhf.optim import adamw, keep_mean
 from minirlhf.ppo import epoch_plans, estimate, ppo_iteration
 from minirlhf.pretrained import load_causal_lm
 from minirlhf.ptx import Corpus, perplexity
+from minirlhf.rng import generator
 from minirlhf.rollout import load_rollout
 from minirlhf.run import Run
 from minirlhf.templates import get_template
@@ -443,6 +444,24 @@ def folder(tmp_path_factory, stages):
     shutil.copytree(stages, cwd, dirs_exist_ok=True)
     (cwd / "taste.py").write_text("def brief(prompts, responses):\n    return [-float(len(r)) for r in responses]\n")
     return cwd
+
+
+def test_functions_of_texts_get_the_prompts_without_their_template(tmp_path):
+    """A reward model among them would put a second template around the first."""
+    rows = [{"instruction": "sum", "output": "3"}, {"instruction": "add", "input": "1 2", "output": "3"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = get_template("alpaca")
+    tokenizer = Tokenizer.train_chars(["sum add 12", *template.around("")])
+    sizes = ModelConfig(family="gpt2", vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, d_model=8, max_seq_len=512)
+    (tmp_path / "m").mkdir()
+    stage.save(tmp_path / "m", CausalLM(sizes, rng=generator(0, "weights")), tokenizer, template)
+    (tmp_path / "own.py").write_text(
+        "ASKED = {'sum', (('user', 'add'), ('input', '1 2'))}\n\n\ndef judge(prompts, responses):\n"
+        "    assert set(prompts) <= ASKED, prompts\n    return [float(len(r)) for r in responses]\n"
+    )
+    argv = ["--model.path", "m", "--data.path", "data.jsonl", "--run.steps", "1", "--ppo.rollout_size", "8",
+            "--ppo.minibatch_size", "8", "--ppo.microbatch_size", "8", "--reward.fn", "own:judge"]  # fmt: skip
+    script("ppo", *argv, "--ppo.metric_fn", "own:judge", "--run.dir", "x", cwd=tmp_path)
 
 
 def run_and_resume(folder, name, *argv):

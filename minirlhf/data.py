@@ -165,7 +165,8 @@ def encode_sft(
                 else template.encode(tokenizer, record.prompt, record.response)
             )
         except UserError as e:  # such as turns that the template has no place for
-            raise type(e)(f"line {record.line} of the data: {e}") from e
+            place = f"line {record.line} of the data: " if record.line else ""
+            raise type(e)(f"{place}{e}") from e
         ids, trained = encoded[0][:max_length], encoded[1][:max_length]
         counts["cut"] += len(ids) < len(encoded[0])
         if any(trained[1:]):  # the first token has no token before it to be predicted from

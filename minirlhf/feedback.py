@@ -39,7 +39,7 @@ def judged(
         mean = label_mean if hasattr(record, "label") else sum(m for _, m in answers) / len(answers)
         for response, m in answers:
             if objective == "conditional" and m != 0.5:
-                found.append(SFT((good if m > 0.5 else bad) + record.prompt, response))
+                found.append(SFT((good if m > 0.5 else bad) + record.prompt, response, line=record.line))
                 continue
             w = {
                 "chosen": float(m == 1),
@@ -48,7 +48,7 @@ def judged(
                 "unlikelihood": float(m == 1) - float(m == 0),
             }.get(objective, 0.0)
             if w:
-                found.append(SFT(record.prompt, response, weight=w))
+                found.append(SFT(record.prompt, response, line=record.line, weight=w))
     if found and objective in ("rwr", "awr"):
         scale = len(found) / sum(one.weight for one in found)
         found = [replace(one, weight=one.weight * scale) for one in found]

@@ -332,11 +332,11 @@ def texts_of(records: Sequence[Any]) -> list[Any]:
     out: list[Any] = []
     for record in records:
         if hasattr(record, "responses"):
-            out += [SFT(record.prompt, response) for response in record.responses]
+            out += [SFT(record.prompt, response, line=record.line) for response in record.responses]
         elif hasattr(record, "response"):
             out.append(record)
         else:
-            out.append(SFT("", record.prompt))
+            out.append(SFT("", record.prompt, line=record.line))
     return out
 
 

@@ -8,7 +8,8 @@ from test_scripts import metrics, script
 
 from minirlhf.errors import DataError
 from minirlhf.feedback import judged
-from minirlhf.formats import SFT, Ranking, Scored
+from minirlhf.formats import SFT, Prompt, Ranking, Scored
+from minirlhf.stage import texts_of
 
 LISTS = [Ranking("q", ["a", "b", "c", "d"], [2, 1, 3, 0]), Ranking("p", ["e", "f"], [1, 2])]
 HOW = {"temperature": 0.5, "good": "+", "bad": "-"}
@@ -16,6 +17,14 @@ HOW = {"temperature": 0.5, "good": "+", "bad": "-"}
 
 def weights(objective, records=LISTS):
     return {one.prompt + one.response: one.weight for one in judged(records, objective, **HOW)}
+
+
+def test_an_answer_keeps_the_line_of_its_list():
+    """An error of its text names it."""
+    lists = [Ranking("q", ["a", "b"], [1, 2], line=7)]
+    assert [one.line for one in texts_of([*lists, Prompt("p", line=8)])] == [7, 7, 8]
+    for objective in ("rwr", "conditional"):
+        assert [one.line for one in judged(lists, objective, **HOW)] == [7, 7]
 
 
 def test_chosen_are_the_best_of_each_list():

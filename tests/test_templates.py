@@ -122,6 +122,8 @@ def test_system_turns():
     talk = SFT("", "a", (("system", "s"), ("user", "q")), line=7)
     with pytest.raises(UsageError, match=r"^line 7 of the data: .*plain has no place for the system"):
         encode_sft([talk], FULL, get_template("plain"), 99)
+    with pytest.raises(UsageError, match=r"^data\.template chatml: the tokenizer has no token"):
+        encode_sft([SFT("q", "a")], Tokenizer.train_chars("qa"), get_template("chatml"), 99)  # of no file
     with pytest.raises(UsageError, match=r"plain has no place for the system"):
         get_template("plain").encode_turns(FULL, turns)
 

@@ -70,6 +70,8 @@ def tool(
                 return 130
             for name in options:  # as a word of its own, not as a part of a path
                 words = re.sub(rf"(?<!\S)data\.{name}(?![\w.:/])", f"--{name}", words)
+            for name in {"format", "on_bad_row"}.difference(options):  # no advice that cannot be taken
+                words = re.sub(rf"; (see |say )?data\.{name}(?![\w.:/])[^;)]*", "; mend the file", words)
             print("error: " + " ".join(words.split()), file=sys.stderr)  # noqa: T201
             return code
 

@@ -99,6 +99,14 @@ def test_prompts_that_do_not_fit_and_folders_that_are_none(make, tmp_path):
     (tmp_path / "talk.jsonl").write_text(json.dumps({"instruction": "sum", "input": "1 2", "output": "3"}) + "\n")
     code, _, err = make("--prompts", tmp_path / "talk.jsonl")
     assert (code, "talk.jsonl:1: more than one turn" in err) == (3, True)
+    odd = {"prompt": "q", "instruction": "a", "output": "b", "conversations": []}
+    bad = {"prompt: wrong_type (int, not text); mend the file": {"prompt": 3},
+           "those of no format; mend the file)": {"x": 1},
+           "keys of the formats alpaca and sharegpt; mend the file": odd}  # fmt: skip
+    for words, row in bad.items():
+        (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
+        code, _, err = make("--prompts", tmp_path / "bad.jsonl")
+        assert (code, err.strip().endswith(words)) == (3, True), err
     (tmp_path / "texts.tsv").write_text("good\tbad\n")
     assert make("--prompts", tmp_path / "texts.tsv")[0] == 3
 

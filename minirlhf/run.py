@@ -353,8 +353,11 @@ def require_device(device: str, setting: str) -> None:
 
 
 def sources(config: Any) -> dict[str, str]:
-    """The models and data files that a run reads → sha256 of their files' names, sizes, first and last bytes."""
-    places = [config.model.path, config.data.path]
+    """The models and data files that a run reads, its own tokenizer and template among them → sha256 of their files'
+    names, sizes, first and last bytes."""
+    tokenizer, template = config.model.tokenizer, config.data.template
+    places = [config.model.path, config.data.path, template if template.endswith(".json") else ""]
+    places += [tokenizer] if not config.model.path and tokenizer not in ("chars", "bpe") else []
     if hasattr(config, "ppo"):
         places += [config.ppo.ptx_path, config.reward.folder]
     found = {}

@@ -294,12 +294,12 @@ def test_another_machine_is_said(tmp_path, capsys):
     assert "resumed elsewhere: threads 77 -> " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("source", ["data.path", "model.path"])
+@pytest.mark.parametrize("source", ["data.path", "model.path", "data.template", "model.tokenizer"])
 def test_a_resume_from_other_data_or_another_model_is_refused(source, tmp_path, capsys):
-    file = tmp_path / "from/model.safetensors"
+    file = tmp_path / ("from/model.safetensors" if source == "model.path" else "from/own.json")
     file.parent.mkdir()
     file.write_bytes(b"a" * 3000)
-    argv = [f"--{source}", str(file if source == "data.path" else file.parent)]
+    argv = [f"--{source}", str(file.parent if source == "model.path" else file)]
     body = lambda config, run: main(config, Crash(run, 2))  # noqa: E731
     assert stage(tmp_path / "x", *argv, body=body) == -1
     for changed in (b"a" * 2999 + b"b", b"a" * 3001, b""):

@@ -48,8 +48,8 @@ def main(config: PPOConfig, run: Run) -> None:
     texts, prompts = stage.ppo_prompts(c, run, loaded)
     if c.reward.fn:
         roles = roles._replace(score=stage.function_score(of_texts, loaded.tokenizer, texts, prompts))
-    gold, sampling = stage.gold_reward(c), stage.sampling(c.sample, loaded)
-    limits = Limits(p.kl_target, stage.score_limit(c))
+    gold, sampling, limits = (stage.gold_reward(c), stage.sampling(c.sample, loaded),
+                              Limits(p.kl_target, stage.score_limit(c)))  # fmt: skip
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
                    device=c.run.device, impl=c.run.impl)  # fmt: skip
     corpus, measure = Corpus(c, run, loaded, engine), measured(c, loaded, exam, texts, prompts)

@@ -392,10 +392,7 @@ def with_room(
     config: Any, loaded: Loaded, prompts: Sequence[Question]
 ) -> tuple[list[Question], list[list[int]], dict[str, int]]:
     """The prompts that leave room for an answer, as texts and as tokens; and how many do not."""
-    sizes, longest = loaded.model.config, max_length(config, loaded)
-    if sizes.position == "learned" and longest > sizes.max_seq_len:
-        raise UsageError(f"data.max_length {longest} exceeds the model's {sizes.max_seq_len} positions; lower it")
-    room = longest - config.sample.max_new_tokens
+    room = max_length(config, loaded) - config.sample.max_new_tokens
     return encode_prompts(prompts, loaded.tokenizer, loaded.template, room)
 
 
@@ -455,8 +452,12 @@ def gold_reward(config: Any) -> Gold | None:
 
 
 def max_length(config: Any, loaded: Loaded) -> int:
-    """Tokens that prompt and answer may have together."""
-    return config.data.max_length or loaded.model.config.max_seq_len
+    """Tokens that prompt and answer may have together. Raises UsageError where the model has fewer positions, for a
+    step may meet such a text late."""
+    sizes, longest = loaded.model.config, config.data.max_length
+    if sizes.position == "learned" and longest > sizes.max_seq_len:
+        raise UsageError(f"data.max_length {longest} exceeds the model's {sizes.max_seq_len} positions; lower it")
+    return longest or sizes.max_seq_len
 
 
 def encoded(

@@ -454,7 +454,7 @@ def test_functions_of_texts_get_the_prompts_without_their_template(tmp_path):
     tokenizer = Tokenizer.train_chars(["sum add 12", *template.around("")])
     sizes = ModelConfig(family="gpt2", vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, d_model=8, max_seq_len=512)
     (tmp_path / "m").mkdir()
-    stage.save(tmp_path / "m", CausalLM(sizes, rng=generator(0, "weights")), tokenizer, template)
+    stage.save(tmp_path / "m", stage.Loaded(CausalLM(sizes, rng=generator(0, "weights")), tokenizer, template))
     (tmp_path / "own.py").write_text(
         "ASKED = {'sum', (('user', 'add'), ('input', '1 2'))}\n\n\ndef judge(prompts, responses):\n"
         "    assert set(prompts) <= ASKED, prompts\n    return [float(len(r)) for r in responses]\n"

@@ -198,6 +198,18 @@ def test_ranked_texts_go_through_all_three_stages(tmp_path):
     assert "prompts" in script("ppo", *TINY["ppo"], *data, cwd=tmp_path, code=3)
 
 
+@pytest.mark.parametrize("name", ["sft", "rm", "dpo"])
+def test_texts_that_may_be_longer_than_the_positions_are_refused_before_the_first_step(pipeline, tmp_path, name):
+    """However late a step would meet one."""
+    cwd, _ = pipeline
+    row = {"prompt": "Human: how was the hotel ? Assistant:", "chosen": "bed great .", "rejected": "bed awful ."}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    argv = ["--model.path", "runs/sft/final", "--data.path", tmp_path / "data.jsonl", "--data.max_length", 65]
+    said = script(name, *argv, "--run.dir", tmp_path / "x", cwd=cwd, code=2)
+    assert "data.max_length 65 exceeds the model's 64 positions; lower it" in said
+    assert not (tmp_path / "x/metrics.jsonl").exists()
+
+
 def test_a_python_function_is_a_reward(pipeline, tmp_path):
     cwd, _ = pipeline
     (cwd / "taste.py").write_text("def brief(prompts, responses):\n    return [-float(len(r)) for r in responses]\n")

@@ -177,8 +177,15 @@ def _is_meta(model: nn.Module) -> bool:
 
 
 def uses_lora(model: CausalLM, config: Any) -> bool:
-    """Whether a stage that starts from this model trains an adapter: it is asked to, or the model is one already."""
-    return bool(config.lora.r) or LOADED in adapters(model)
+    """Whether a stage that starts from this model trains an adapter: it is asked to, or the model is one already.
+    Raises UsageError for settings of an adapter where there is none."""
+    if config.lora.r or LOADED in adapters(model):
+        return True
+    for name in ("alpha", "dropout", "rslora"):
+        if (said := getattr(config.lora, name)) != getattr(LoRASection(), name):
+            raise UsageError(f"lora.{name} {said}: every weight is trained, without an adapter; give lora.r, or leave "
+                             f"lora.{name} out")  # fmt: skip
+    return False
 
 
 def adapted(model: CausalLM, config: Any, owner: Any) -> Any:

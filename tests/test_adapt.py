@@ -334,6 +334,9 @@ def test_settings_unlike_the_adapter_are_refused(folders):
                        ({"r": 2, "targets": ("q_proj",)}, "lora.targets")):  # fmt: skip
         with pytest.raises(UsageError, match=word):
             train(**lora)
+    for lora in ({"alpha": 8.0}, {"dropout": 0.1}, {"rslora": True}):
+        with pytest.raises(UsageError, match=r"without an adapter; give lora.r"):
+            sft_model(lm(), SFTConfig(**section(folders / "base", **lora)))
     with pytest.raises(UsageError, match=r"lora.targets q_proj without lora.r"):
         SFTConfig(lora=LoRASection(targets=("q_proj",))).check()
 

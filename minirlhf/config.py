@@ -4,6 +4,7 @@ One frozen dataclass per script, made of sections. `key()` gives a field its hel
 printed by `--help`, what is refused and what is documented cannot differ.
 """
 
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ class RunSection:
     engine: str = key("none", "sharding over ranks", choices=("none", "mini", "torch"))
     checkpoint_activations: bool = key(False, "run blocks again in the backward pass, keep no activations")
     impl: str = key("auto", "body of the fused head", choices=("auto", "torch", "triton"))
-    threads: int = key(0, "CPU threads; 0: torch's own, 1 on the built-in task; equal bits need equal threads", low=0)
+    threads: int = key(
+        0, "CPU threads; 0: torch's own, 1 on the built-in task; equal bits need equal threads", low=0, high=1024
+    )
     resume: bool = key(False, "go on from the newest checkpoint that verifies")
     save_every: int = key(0, "steps between checkpoints; 0: only at the end and on a signal", low=0)
     keep: int = key(2, "checkpoints kept", low=1)
@@ -421,6 +424,8 @@ class PPOConfig:
 
 def _check_objective(o: PPOSection) -> None:
     _divides(o.answers_per_prompt, o.rollout_size, "ppo.rollout_size / ppo.answers_per_prompt")
+    if math.isinf(o.kl_coef):
+        raise UsageError("ppo.kl_coef inf: no score counts beside it; give a number")
     siblings = o.advantage in ("rloo", "grpo")
     if siblings and o.answers_per_prompt < 2:
         raise UsageError(f"ppo.advantage {o.advantage} compares answers to one prompt; set ppo.answers_per_prompt 2")

@@ -17,6 +17,7 @@ from minirlhf.errors import NonFiniteError, UsageError
 from minirlhf.masked import keep
 from minirlhf.ops import kl_estimate
 
+LARGEST = torch.finfo(torch.float32).max  # score
 RewardFn = Callable[[Sequence[Any], Sequence[str]], list[float]]  # prompts (`Asked`), responses → scores
 
 
@@ -126,8 +127,8 @@ def load_reward_fn(name: str, *, key: str = "reward.fn") -> RewardFn:
             raise UsageError(f"{key} {name!r} failed: {_said(error)}") from error
         if len(scores) != len(responses):
             raise UsageError(f"{key} {name!r} returned {len(scores)} scores for {len(responses)} responses")
-        if not all(map(math.isfinite, scores)):
-            bad = next(i for i, score in enumerate(scores) if not math.isfinite(score))
+        if not all(abs(score) <= LARGEST for score in scores):
+            bad = next(i for i, score in enumerate(scores) if not abs(score) <= LARGEST)
             raise UsageError(f"{key} {name!r} returned {scores[bad]} for response {bad}: {responses[bad]!r}")
         return scores
 

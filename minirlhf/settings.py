@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from minirlhf.errors import UsageError
 
 Choices = tuple[str, ...]
+LARGEST = 3.4e38  # that fp32 holds
 ACCEPTED: dict[type, Any] = {str: str, int: (str, int), float: (str, int, float)}  # what makes a value of a type
 
 
@@ -144,6 +145,8 @@ def _parse(name: str, raw: Any, annotation: Any) -> Any:
         raise wrong from None
     if isinstance(value, float) and math.isnan(value):
         raise wrong
+    if isinstance(value, float) and LARGEST < abs(value) < math.inf:
+        raise UsageError(f"{name}: {raw!r} is beyond fp32")
     return value
 
 

@@ -161,6 +161,7 @@ def test_a_module_without_the_function(name):
         ("return [1.0, 2.0, 3.0]", "returned 3 scores for 2 responses"),
         ("return [0.0, float('nan')]", "returned nan for response 1: 'bb'"),
         ("return [float('inf'), float('nan')]", "returned inf for response 0: 'a'"),
+        ("return [0.0, -1e39]", "returned -1e+39 for response 1: 'bb'"),  # which fp32 does not hold
         ("return ['x', 1]", "failed: ValueError: could not convert"),
         ("raise KeyError('gone')", "failed: KeyError: 'gone'"),
         ("return None", "failed: TypeError"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from minirlhf import stage
 from minirlhf.data import encode_sft, microbatches, step_rows
 from minirlhf.engine import Engine
+from minirlhf.errors import UserError
 from minirlhf.evaluate import sft_loss
 from minirlhf.ppo import Texts, no_texts
 from minirlhf.rollout import label_logprobs
@@ -26,7 +27,11 @@ class Corpus:
 
     def __init__(self, config: Any, run: Any, loaded: stage.Loaded, engine: Engine) -> None:
         self.config, self.policy, self.engine = config, loaded.model, engine
-        parts = (stage.encoded(config, loaded, encode_sft, part, "ppo.ptx_path") for part in texts(config, run))
+        records = texts(config, run)
+        try:
+            parts = [stage.encoded(config, loaded, encode_sft, part, "ppo.ptx_path") for part in records]
+        except UserError as e:
+            raise type(e)(f"ppo.ptx_path {config.ppo.ptx_path}: {e}") from e
         self.train, self.held_out = parts
 
     def beside(self, iteration: int) -> Texts:

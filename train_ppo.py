@@ -35,6 +35,7 @@ from minirlhf.rollout import Partition, Roles, Rollout, collect, save_rollout
 from minirlhf.run import Run, Snapshot, run_script, write_json
 from minirlhf.safefile import read_json
 
+Known = dict[tuple[int, ...], Asked]  # prompts as tokens → as they were asked
 MEASURED = 256  # answers that ppo.metric_fn judges at once
 WORDS = ("objective/scores", "gold/score", "objective/kl", "response/length_mean", "tokens_per_s")
 
@@ -44,15 +45,15 @@ def main(config: PPOConfig, run: Run) -> None:
     c, o, p = config, config.optim, config.ppo
     roles, loaded, of_texts = stage.ppo_roles(c)
     engine = Engine(c.run, [roles.policy, roles.ref_policy, roles.value_model, roles.reward_model])
-    roles = roles._replace(gathered=engine.gathered)
     texts, prompts = stage.ppo_prompts(c, run, loaded)
-    if c.reward.fn:
-        roles = roles._replace(score=stage.function_score(of_texts, loaded.tokenizer, texts, prompts))
-    gold, sampling, limits = (stage.gold_reward(c), stage.sampling(c.sample, loaded),
-                              Limits(p.kl_target, stage.score_limit(c)))  # fmt: skip
+    known: Known = dict(zip(map(tuple, prompts), texts, strict=True))
+    score = stage.function_score(of_texts, loaded.tokenizer, known) if c.reward.fn else roles.score
+    roles = roles._replace(gathered=engine.gathered, score=score)
+    gold, sampling = stage.gold_reward(c), stage.sampling(c.sample, loaded)
+    limits = Limits(p.kl_target, stage.score_limit(c))
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
                    device=c.run.device, impl=c.run.impl)  # fmt: skip
-    corpus, measure = Corpus(c, run, loaded, engine), measured(c, loaded, exam, texts, prompts)
+    corpus, measure = Corpus(c, run, loaded, engine), measured(c, loaded, exam, known, prompts)
 
     trained, optimizer = stage.ppo_optimizer(roles, c)
     start, tensors, state = run.restore() or (0, {}, {"kl_coef": p.kl_coef})
@@ -126,7 +127,7 @@ def measured(
     config: PPOConfig,
     loaded: stage.Loaded,
     exam: Callable[..., list[Any]],
-    texts: list[Asked],
+    known: Known,  # to which held-out prompts are added
     prompts: list[list[int]],
 ) -> Callable[[int], dict[str, float]]:
     """By ppo.metric_fn, of answers to the held-out prompts of the file, or to all where none are; for the log alone."""
@@ -136,12 +137,13 @@ def measured(
     function, every = load_reward_fn(p.metric_fn, key="ppo.metric_fn"), p.eval_every or max(1, c.run.steps // 10)
     if c.data.path and c.data.holdout and not p.prompts:
         texts, prompts = stage.ppo_prompts(c, stage.unheard(), loaded, held_out=True)
+        known.update(zip(map(tuple, prompts), texts, strict=True))
 
     def measure(step: int) -> dict[str, float]:
         if step % every and step != c.run.steps:
             return {}
-        records = exam(repeated(prompts, MEASURED))
-        values = function(repeated(texts, MEASURED), [r["response"] for r in records])
+        some = repeated(prompts, MEASURED)
+        values = function([known[tuple(ids)] for ids in some], [record["response"] for record in exam(some)])
         return {"eval/metric": sum(values) / len(values)}
 
     return measure

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -231,12 +231,10 @@ def score_limit(config: Any) -> float:
 def function_score(
     function: TextScore,
     tokenizer: Tokenizer,
-    texts: Sequence[Asked] = (),
-    prompts: Sequence[Sequence[int]] = (),  # the same as tokens
+    known: Mapping[tuple[int, ...], Asked] = MappingProxyType({}),  # prompts as tokens → as they were asked
 ) -> Callable[[Rollout], torch.Tensor]:
-    """A reward function of texts as a score of rollouts. Of these prompts it gets the texts, not the template around
-    them: a reward model among its parts puts its own there."""
-    known = {tuple(ids): text for ids, text in zip(prompts, texts, strict=True)}
+    """A reward function of texts as a score of rollouts. It gets known prompts without the template around them: a
+    reward model among its parts puts its own there."""
 
     def score(rollout: Rollout) -> torch.Tensor:  # (B,)
         read, responses = rollout.texts(tokenizer)

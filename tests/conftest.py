@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+torch.set_num_threads(1)  # models are tiny; several threads wait for each other wherever something else runs
+
+
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory):
     """A folder in which tiny SFT and reward-model runs have ended; to be read or copied, not changed."""

@@ -285,6 +285,8 @@ def test_every_optimizer_step_has_texts_of_its_own(tmp_path):
     loaded = stage.Loaded(policy, tokenizer, get_template("plain"))
     corpus = Corpus(config, SimpleNamespace(dropped=[], say=print), loaded, Engine(config.run, [policy]))
     assert (len(corpus.train), len(corpus.held_out)) == (90, 10)
+    with pytest.raises(UsageError, match=r"^ppo\.ptx_path .*texts\.jsonl: line 1 of the data: data\.template chatml"):
+        Corpus(config, SimpleNamespace(dropped=[], say=print), loaded._replace(template=get_template("chatml")), None)
     seen = [corpus.beside(iteration)(k) for iteration in (1, 2) for k in range(4)]
     found = [[(float(x.detach().sum()), n) for x, _, n in step] for step in seen]
     assert all(len(step) == 2 for step in found)
@@ -449,6 +451,7 @@ def folder(tmp_path_factory, stages):
 def test_functions_of_texts_get_the_prompts_without_their_template(tmp_path):
     """A reward model among them would put a second template around the first."""
     rows = [{"instruction": "sum", "output": "3"}, {"instruction": "add", "input": "1 2", "output": "3"}]
+    rows += [{"instruction": "sum 2", "output": "3"}]  # held out
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = get_template("alpaca")
     tokenizer = Tokenizer.train_chars(["sum add 12", *template.around("")])
@@ -456,11 +459,27 @@ def test_functions_of_texts_get_the_prompts_without_their_template(tmp_path):
     (tmp_path / "m").mkdir()
     stage.save(tmp_path / "m", stage.Loaded(CausalLM(sizes, rng=generator(0, "weights")), tokenizer, template))
     (tmp_path / "own.py").write_text(
-        "ASKED = {'sum', (('user', 'add'), ('input', '1 2'))}\n\n\ndef judge(prompts, responses):\n"
+        "ASKED = {'sum', 'sum 2', (('user', 'add'), ('input', '1 2'))}\n\n\ndef judge(prompts, responses):\n"
         "    assert set(prompts) <= ASKED, prompts\n    return [float(len(r)) for r in responses]\n"
     )
-    argv = ["--model.path", "m", "--data.path", "data.jsonl", "--run.steps", "1", "--ppo.rollout_size", "8",
-            "--ppo.minibatch_size", "8", "--ppo.microbatch_size", "8", "--reward.fn", "own:judge"]  # fmt: skip
+    argv = [
+        "--model.path",
+        "m",
+        "--data.path",
+        "data.jsonl",
+        "--data.holdout",
+        "1",
+        "--ppo.rollout_size",
+        "8",
+        "--ppo.minibatch_size",
+        "8",
+        "--ppo.microbatch_size",
+        "8",
+        "--reward.fn",
+        "own:judge",
+        "--run.steps",
+        "1",
+    ]
     script("ppo", *argv, "--ppo.metric_fn", "own:judge", "--run.dir", "x", cwd=tmp_path)
 
 

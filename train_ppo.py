@@ -49,8 +49,8 @@ def main(config: PPOConfig, run: Run) -> None:
     known: Known = dict(zip(map(tuple, prompts), texts, strict=True))
     score = stage.function_score(of_texts, loaded.tokenizer, known) if c.reward.fn else roles.score
     roles = roles._replace(gathered=engine.gathered, score=score)
-    gold, sampling = stage.gold_reward(c), stage.sampling(c.sample, loaded)
-    limits = Limits(p.kl_target, stage.score_limit(c))
+    gold, sampling, limits = (stage.gold_reward(c), stage.sampling(c.sample, loaded),
+                              Limits(p.kl_target, stage.score_limit(c)))  # fmt: skip
     exam = partial(examine, roles, tokenizer=loaded.tokenizer, sampling=sampling, gold=gold, seed=c.run.seed,
                    device=c.run.device, impl=c.run.impl)  # fmt: skip
     corpus, measure = Corpus(c, run, loaded, engine), measured(c, loaded, exam, known, prompts)

@@ -9,7 +9,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-
 torch.set_num_threads(1)  # models are tiny; several threads wait for each other wherever something else runs
 
 

@@ -117,6 +117,7 @@ def test_a_loss_needs_no_gradient():
         assert not policy_loss(a.requires_grad_(), b, c, clip_range=0.2).requires_grad
     assert not value_loss(b, b, c).requires_grad
     expected = policy_loss(a, b, c, clip_range=0.2)
+    assert (b.requires_grad, c.requires_grad) == (False, False)  # the inputs stay what they are
     with torch.inference_mode():
         assert_close(policy_loss(a, b, c, clip_range=0.2), expected.detach(), exact)
 
